@@ -1,0 +1,90 @@
+"""The adapted function: the model function with a low-rank path beside every adapted weight.
+
+    model_fn(params, x)   ->   adapted(params, adapter, x)
+
+The model function is not changed and does not know. The base goes in as an argument that nobody
+differentiates, copies or merges into; the gradient with respect to ``adapter`` holds no product
+of a weight's shape.
+
+>>> import jax, jax.numpy as jnp
+>>> import lora_jax as lora
+>>> def model_fn(params, x):
+...     hidden = jnp.tanh(x @ params["up"]["kernel"])
+...     return hidden @ params["down"]["kernel"]
+>>> key = jax.random.key(0)
+>>> params = {"up": {"kernel": jax.random.normal(key, (8, 16))},
+...           "down": {"kernel": jax.random.normal(key, (16, 4))}}
+>>> batch = jax.random.normal(key, (32, 8))
+>>> config  = lora.LoraConfig(rank=2, alpha=4, targets=r".*/kernel")
+>>> plan    = lora.plan(model_fn, params, batch, config=config)
+>>> adapter = lora.init(key, params, plan)
+>>> adapted = lora.adapt(model_fn, plan)
+>>> def loss(adapter, params, batch):
+...     return jnp.mean(adapted(params, adapter, batch) ** 2)
+>>> bool(jnp.allclose(adapted(params, adapter, batch), model_fn(params, batch)))
+True
+>>> grads   = jax.grad(loss)(adapter, params, batch)
+>>> jax.tree.map(jnp.shape, grads["up/kernel"])
+LoraPair(a=(8, 2), b=(2, 16))
+>>> adapter = jax.tree.map(lambda p, g: p - 0.1 * g, adapter, grads)
+>>> merged  = lora.merge(params, adapter, plan)
+>>> bool(jnp.allclose(model_fn(merged, batch), adapted(params, adapter, batch), atol=1e-4))
+True
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from lora_jax.adapter import Adapter, check, check_params
+from lora_jax.errors import InputError
+from lora_jax.merging import merge
+from lora_jax.rewrite.walk import Walk, trace
+from lora_jax.rewrite.weight import symbolic_weight
+from lora_jax.site import Plan
+
+Mode = Literal["low_rank", "merge"]
+
+
+def adapt(
+    model_fn: Callable[..., Any], plan: Plan, *, mode: Mode = "low_rank"
+) -> Callable[..., Any]:
+    """Rewrite ``model_fn(params, ...)`` into ``adapted(params, adapter, ...)``.
+
+    Every product x·W of an adapted weight becomes x·W + scale·(x·A)·B; the two are summed in
+    float32 (or wider) and rounded once to the dtype of the base product. A and B are cast to the
+    dtype in which the function uses W. Operations that have no low-rank form get W + ΔW, formed
+    at their place; `explain` says which.
+
+    The result composes with jit, grad, vmap, scan and remat like any JAX function. Call it under
+    ``jax.jit``: each call outside of it traces ``model_fn`` anew.
+
+    Args:
+      model_fn: any traceable function whose first argument is the parameter tree.
+      plan: from `plan` (or `plan_from_axes`) for the same function and parameters.
+      mode: ``low_rank``, or ``merge``: the same function by merging first, at the cost of full
+        fine-tuning; the oracle in tests.
+
+    Returns:
+      ``adapted(params, adapter, *args, **kwargs)``, which raises InputError where ``params`` or
+      ``adapter`` do not fit the plan.
+    """
+    if mode not in ("low_rank", "merge"):
+        raise InputError(f"mode {mode!r} is not known: use 'low_rank' or 'merge'")
+
+    @wraps(model_fn)
+    def low_rank(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        check_params(params, plan)
+        check(adapter, plan)
+        traced = trace(model_fn, params, args, kwargs)
+        weights = {
+            site.path: symbolic_weight(site, traced.leaves[site.path], adapter[site.path])
+            for site in plan.sites
+        }
+        return traced.run(Walk(), weights)
+
+    @wraps(model_fn)
+    def merged(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        return model_fn(merge(params, adapter, plan), *args, **kwargs)
+
+    return low_rank if mode == "low_rank" else merged

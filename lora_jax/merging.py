@@ -1,0 +1,68 @@
+"""Folding an adapter into the base: a new tree, leaf by leaf; the old one is untouched."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapter import Adapter, check, check_params
+from lora_jax.paths import named_leaves, replace_leaves
+from lora_jax.site import Plan
+from lora_jax.variants import at_least_float32, delta_weight, effective_weight
+
+
+def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
+    """The base with ΔW added to every adapted weight.
+
+    Each sum is taken in float32 and rounded once to the weight's dtype. Leaves that are not
+    adapted are the same objects as in ``params``. It can be traced: inside a loss, with the
+    gradient taken with respect to ``adapter``, it is the classic form of LoRA, at the cost of
+    full fine-tuning; `adapt` is the same function for less. There is no unmerge: keep the old
+    tree.
+
+    Args:
+      params: the base parameter tree.
+      adapter: ``{path: LoraPair(a, b)}``.
+      plan: the plan that the adapter was made from.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes as ``params``.
+
+    Raises:
+      InputError: ``params`` or ``adapter`` do not fit ``plan``.
+
+    >>> from lora_jax import LoraConfig, init, plan_from_axes
+    >>> params = {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)}
+    >>> plan = plan_from_axes(params, LoraConfig(rank=2, targets="w"), {"w": "in out"})
+    >>> adapter = init(jax.random.key(0), params, plan)
+    >>> merged = merge(params, adapter, plan)
+    >>> bool((merged["w"] == params["w"]).all()), merged["b"] is params["b"]
+    (True, True)
+    """
+    check_params(params, plan)
+    check(adapter, plan)
+    leaves = named_leaves(params)
+    merged = {
+        site.path: effective_weight(site, jnp.asarray(leaves[site.path]), adapter[site.path])
+        for site in plan.sites
+    }
+    return replace_leaves(params, merged)
+
+
+def rounding_loss(params: Any, merged: Any, adapter: Adapter, plan: Plan) -> dict[str, float]:
+    """The largest entry of ΔW that rounding to the base's dtype lost, per adapted weight.
+
+    In float32 this is some 1e-8; in bfloat16 a small ΔW can lose most of itself.
+
+    Returns:
+      ``{path: max |(W + ΔW in float32) - merged W|}``.
+    """
+    before, after = named_leaves(params), named_leaves(merged)
+
+    def lost(path: str) -> float:
+        exact = at_least_float32(jnp.asarray(before[path])) + delta_weight(
+            plan[path], adapter[path]
+        )
+        return float(jnp.max(jnp.abs(exact - at_least_float32(after[path]))))
+
+    return {path: lost(path) for path in plan}

@@ -1,0 +1,151 @@
+"""The interpreter: runs a jaxpr with symbolic weights among its values.
+
+An equation that no weight reaches is bound as it stands. One that a weight reaches is given to
+its primitive's rule; where there is none, or the rule raises `NotLowRank`, the effective weight
+W + ΔW is formed for that equation alone, inside whatever loop body it stands in.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.source_info_util import summarize
+
+from lora_jax.paths import named_leaves
+from lora_jax.rewrite.control import CONTROL
+from lora_jax.rewrite.products import PRODUCTS, Meeting
+from lora_jax.rewrite.views import VIEWS
+from lora_jax.rewrite.weight import NotLowRank, Weight, effective_value
+
+RULES: dict[str, Callable[..., Sequence[Any]]] = {**VIEWS, **PRODUCTS, **CONTROL}
+"""From the name of a primitive to ``rule(walk, equation, *inputs) -> outputs``."""
+
+
+class Note(NamedTuple):
+    """What the walk saw of one operation on one weight."""
+
+    path: str
+    operation: str
+    where: str
+    present: frozenset[int]
+    """The axes of the base weight that its view still has here."""
+    meeting: Meeting | None = None
+    merged_because: str = ""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One run over a jaxpr, and what it saw on the way."""
+
+    notes: dict[tuple[str, int], Note] = field(default_factory=dict)
+    """By leaf path and equation, because JAX may trace a loop body more than once."""
+
+    def function(self, jaxpr: Jaxpr | ClosedJaxpr) -> Callable[..., list[Any]]:
+        """The jaxpr as a function from its inputs, weights or arrays, to a list of outputs."""
+        consts = getattr(jaxpr, "consts", ())
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        return lambda *inputs: self._run(inner, consts, inputs)
+
+    def plain_function(self, jaxpr: Jaxpr | ClosedJaxpr, eqn: JaxprEqn) -> Callable[..., list[Any]]:
+        """As `function`, with every output an array."""
+        run = self.function(jaxpr)
+        return lambda *inputs: [self.plain(x, eqn, "leaves a loop or branch") for x in run(*inputs)]
+
+    def bind(self, eqn: JaxprEqn, *values: Any) -> list[Any]:
+        """The equation itself, on plain values."""
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        return list(results) if eqn.primitive.multiple_results else [results]
+
+    def value(self, x: Any) -> Any:
+        """The base value behind a weight; anything else as it is."""
+        return x.value if isinstance(x, Weight) else x
+
+    def plain(self, x: Any, eqn: JaxprEqn, reason: str) -> Any:
+        """``x`` as an array; a weight is merged here, for the reason given."""
+        return self.materialise(x, eqn, reason) if isinstance(x, Weight) else x
+
+    def materialise(self, weight: Weight, eqn: JaxprEqn, reason: str) -> jax.Array:
+        """W + ΔW at this place, with a note of why."""
+        self.note(weight, eqn, merged_because=reason)
+        return effective_value(weight)
+
+    def note(self, weight: Weight, eqn: JaxprEqn, **seen: Any) -> None:
+        """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
+        key = weight.site.path, id(eqn)
+        where, operation = summarize(eqn.source_info), eqn.primitive.name
+        present = frozenset().union(*(axis.base for axis in weight.axes))
+        self.notes[key] = Note(weight.site.path, operation, where, present, **seen)
+
+    def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outputs = self._step(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _step(self, eqn: JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
+        if not any(isinstance(x, Weight) for x in inputs):
+            return self.bind(eqn, *inputs)
+        try:
+            return _rule_for(eqn)(self, eqn, *inputs)
+        except NotLowRank as refusal:
+            return self.bind(eqn, *(self.plain(x, eqn, str(refusal)) for x in inputs))
+
+
+def _rule_for(eqn: JaxprEqn) -> Callable[..., Sequence[Any]]:
+    if eqn.primitive.name not in RULES:
+        raise NotLowRank(f"{eqn.primitive.name} has no low-rank rule")
+    return RULES[eqn.primitive.name]
+
+
+class Traced(NamedTuple):
+    """A function of parameters as a jaxpr over named leaves."""
+
+    jaxpr: ClosedJaxpr
+    leaves: dict[str, Any]
+    """The array leaves of the parameter tree by path: the jaxpr's first inputs."""
+    others: list[Any]
+    """The array leaves of the other arguments: the rest of its inputs."""
+    output_tree: Any
+
+    def run(self, walk: Walk, weights: Mapping[str, Weight]) -> Any:
+        """The function's output, with the given leaves replaced by symbolic weights."""
+        inputs = [weights.get(path, leaf) for path, leaf in self.leaves.items()]
+        outputs = walk.function(self.jaxpr)(*inputs, *self.others)
+        plain = [x if not isinstance(x, Weight) else effective_value(x) for x in outputs]
+        return jax.tree.unflatten(self.output_tree, plain)
+
+
+def trace(function: Callable[..., Any], params: Any, args: tuple, kwargs: dict) -> Traced:
+    """Trace ``function(params, *args, **kwargs)`` on shapes.
+
+    Leaves without a shape and dtype (flags, strings, Python numbers) are static: the function
+    sees them as they are.
+    """
+    leaves, tree = jax.tree.flatten((params, args, kwargs))
+    dynamic = [index for index, leaf in enumerate(leaves) if _is_array(leaf)]
+    output_trees = []
+
+    def on_arrays(*arrays: Any) -> list[Any]:
+        filled = list(leaves)
+        for index, array in zip(dynamic, arrays, strict=True):
+            filled[index] = array
+        new_params, new_args, new_kwargs = jax.tree.unflatten(tree, filled)
+        outputs, output_tree = jax.tree.flatten(function(new_params, *new_args, **new_kwargs))
+        output_trees.append(output_tree)
+        return outputs
+
+    arrays = [leaves[index] for index in dynamic]
+    jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
+    named = {path: leaf for path, leaf in named_leaves(params).items() if _is_array(leaf)}
+    return Traced(jaxpr, named, arrays[len(named) :], output_trees[-1])
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

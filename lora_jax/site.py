@@ -1,0 +1,109 @@
+"""The values that say how one weight is adapted (``Site``) and which weights are (``Plan``)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Role = Literal["stack", "in", "out"]
+ROLES: tuple[Role, ...] = ("stack", "in", "out")
+
+
+class Use(NamedTuple):
+    """One operation of the model function that reads an adapted weight."""
+
+    operation: str
+    """Name of the JAX primitive, such as ``dot_general``."""
+    where: str
+    """The line of the user's source that called it."""
+    merged_because: str = ""
+    """Empty where the low-rank products are used; else why W + ΔW is formed at this place."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """How one weight is adapted: ΔW = scale · A B in the weight's own axes.
+
+    ``roles`` names each axis of the weight: ``stack`` (layers of a scan, experts), ``in``
+    (contracted with the input) or ``out``. A has shape ``(*stack, *in, rank)`` and B has
+    shape ``(*stack, rank, *out)``.
+
+    >>> site = Site("layers/q_proj/kernel", (30, 576, 192), "float32", ("stack", "in", "out"), 16, 2.0)
+    >>> site.a_shape, site.b_shape
+    ((30, 576, 16), (30, 16, 192))
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    roles: tuple[Role, ...]
+    rank: int
+    scale: float
+    init: str = "kaiming_uniform"
+    init_std: float | None = None
+    uses: tuple[Use, ...] = ()
+
+    def axes(self, role: Role) -> tuple[int, ...]:
+        """The axes of the weight that play ``role``, in order."""
+        return tuple(axis for axis, its_role in enumerate(self.roles) if its_role == role)
+
+    def dims(self, role: Role) -> tuple[int, ...]:
+        """The sizes of the axes that play ``role``, in order."""
+        return tuple(self.shape[axis] for axis in self.axes(role))
+
+    @property
+    def fan_in(self) -> int:
+        """How many input features are contracted."""
+        return math.prod(self.dims("in"))
+
+    @property
+    def fan_out(self) -> int:
+        """How many output features there are."""
+        return math.prod(self.dims("out"))
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """Shape of A: ``(*stack, *in, rank)``."""
+        return (*self.dims("stack"), *self.dims("in"), self.rank)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """Shape of B: ``(*stack, rank, *out)``."""
+        return (*self.dims("stack"), self.rank, *self.dims("out"))
+
+    @property
+    def trainable(self) -> int:
+        """How many parameters A and B hold together."""
+        return math.prod(self.a_shape) + math.prod(self.b_shape)
+
+
+@dataclass(frozen=True, eq=True)
+class Plan(Mapping[str, Site]):
+    """Every adapted weight by its path: frozen, hashable, made by ``plan``.
+
+    >>> site = Site("w", (4, 6), "float32", ("in", "out"), rank=2, scale=1.0)
+    >>> plan = Plan((site,), base_parameters=24)
+    >>> plan["w"].rank, list(plan), plan.trainable
+    (2, ['w'], 20)
+    """
+
+    sites: tuple[Site, ...]
+    base_parameters: int
+    """Parameters of the whole base tree, adapted or not."""
+
+    def __getitem__(self, path: str) -> Site:
+        for site in self.sites:
+            if site.path == path:
+                return site
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (site.path for site in self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def trainable(self) -> int:
+        """How many parameters the adapter holds."""
+        return sum(site.trainable for site in self.sites)
