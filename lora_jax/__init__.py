@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.adapting import adapt
     from lora_jax.adapter import LoraPair, cast, count
+    from lora_jax.adapting import adapt
     from lora_jax.config import LoraConfig, Rule
     from lora_jax.errors import InputError
     from lora_jax.explanation import explain

@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter import LoraPair
-from lora_jax.config import LoraConfig, Rule, parse_roles, scale_of
+from lora_jax.config import LoraConfig, Rule, scale_of
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, nearest
 from lora_jax.rewrite.walk import Note, Traced, Walk, trace
-from lora_jax.rewrite.weight import symbolic_weight
+from lora_jax.rewrite.weight import NotLowRank, RolesContradict, symbolic_weight
 from lora_jax.site import Plan, Role, Site, Use
 
 
@@ -198,32 +198,27 @@ def _rank_problems(sites: list[Site]) -> list[str]:
 def _with_uses(
     sites: list[Site], seen: dict[str, list[Note]], strict: bool
 ) -> tuple[list[Site], list[str]]:
-    problems = []
-    for site in sites:
-        merged = [note for note in seen[site.path] if note.merged_because]
-        contradicting = [note for note in merged if note.operation in _CONTRACTIONS]
-        if contradicting:
-            problems += [_contradiction(site, note) for note in contradicting]
-        elif strict:
-            problems += [
-                f"{site.path!r} is merged at {n.where}: {n.merged_because}" for n in merged
-            ]
+    problems = [
+        _contradiction(site, note)
+        if isinstance(note.refusal, RolesContradict)
+        else f"{site.path!r} is merged at {note.where}: it {note.refusal}"
+        for site in sites
+        for note in seen[site.path]
+        if isinstance(note.refusal, NotLowRank if strict else RolesContradict)
+    ]
     used = [replace(site, uses=tuple(map(_use, seen[site.path]))) for site in sites]
     return used, problems
-
-
-_CONTRACTIONS = ("dot_general", "gather")
 
 
 def _contradiction(site: Site, note: Note) -> str:
     return (
         f"{site.path!r} has roles {' '.join(site.roles)}, but {note.operation} at {note.where} "
-        f"{note.merged_because}: exclude it, or declare roles that fit every use"
+        f"{note.refusal}: exclude it, or declare roles that fit every use"
     )
 
 
 def _use(note: Note) -> Use:
-    return Use(note.operation, note.where, note.merged_because)
+    return Use(note.operation, note.where, str(note.refusal or ""))
 
 
 def _nearest_to(pattern: str, leaves: Iterable[str]) -> str:

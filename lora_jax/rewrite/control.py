@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from lora_jax.rewrite.weight import Weight, leading_slices
+from lora_jax.rewrite.weight import NotLowRank, Weight, leading_slices
+
+CARRIED = NotLowRank("is carried by a loop")
 
 
 def jit(walk, eqn, *inputs):
@@ -43,7 +45,7 @@ def while_loop(walk, eqn, *inputs):
     """lax.while_loop: weights may be constants of the condition and the body, not carried."""
     for_cond, for_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = inputs[:for_cond], inputs[for_cond : for_cond + for_body]
-    carry = [walk.plain(x, eqn, "is carried by a loop") for x in inputs[for_cond + for_body :]]
+    carry = [walk.plain(x, eqn, CARRIED) for x in inputs[for_cond + for_body :]]
     condition = partial(walk.plain_function(eqn.params["cond_jaxpr"], eqn), *cond_consts)
     body = partial(walk.plain_function(eqn.params["body_jaxpr"], eqn), *body_consts)
     return lax.while_loop(lambda state: condition(*state)[0], lambda state: body(*state), carry)
@@ -52,7 +54,7 @@ def while_loop(walk, eqn, *inputs):
 def scan(walk, eqn, *inputs):
     """lax.scan: factors are sliced beside W where it is scanned over, or held as constants."""
     consts, init, xs = _scan_inputs(eqn, inputs)
-    init = [walk.plain(x, eqn, "is carried by a scan") for x in init]
+    init = [walk.plain(x, eqn, CARRIED) for x in init]
     slices = [_sliced_input(x) for x in xs]
     body = walk.plain_function(eqn.params["jaxpr"], eqn)
 

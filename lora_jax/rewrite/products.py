@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.rewrite.weight import RANK, Axis, Factor, NotLowRank, Weight, contract, fresh_label
+from lora_jax.rewrite.weight import (
+    RANK,
+    Axis,
+    Factor,
+    NotLowRank,
+    RolesContradict,
+    Weight,
+    contract,
+    fresh_label,
+)
 from lora_jax.variants import at_least_float32
 
 _TOKENS = -2
@@ -37,7 +46,7 @@ class _Operand(NamedTuple):
 def dot_general(walk, eqn, lhs, rhs):
     """x·W + scale·(x·A)·B, with the weight on either side."""
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        lhs = walk.materialise(lhs, eqn, "contracted with another adapted weight")
+        lhs = walk.plain(lhs, eqn, NotLowRank("is contracted with another adapted weight"))
     weight_first = isinstance(lhs, Weight)
     weight, x = (lhs, rhs) if weight_first else (rhs, lhs)
     operands = _operands(eqn.params["dimension_numbers"], lhs, rhs)
@@ -64,12 +73,13 @@ def row_gather(walk, eqn, weight, indices):
     [looked_up], [free] = ([weight.labels[k] for k in axes] for axes in (rows.contract, rows.free))
     first, second = _ordered_factors(weight, [looked_up])
     taken = _take_leading(first.leading(looked_up).array, indices, eqn.params)
-    hidden = Factor(lax.reshape(taken, (indices.size // indices.shape[-1], -1)), (_TOKENS, RANK))
-    update = contract(_scaled(hidden, weight), _in_dtype(second, weight), [RANK], **_wide(weight))
+    ids = [_TOKENS - k for k in range(taken.ndim - 1)]
+    hidden = _scaled(Factor(taken, (*ids, RANK)), weight)
+    update = contract(hidden, _in_dtype(second, weight), [RANK], **_wide(weight))
     [base] = walk.bind(eqn, weight.value, indices)
-    flat = lax.reshape(update.grouped([_TOKENS], [free]), (*indices.shape[:-1], base.shape[-1]))
     [offset] = eqn.params["dimension_numbers"].offset_dims
-    return [_sum_rounded_once(base, jnp.moveaxis(flat, -1, offset))]
+    order = [*ids[:offset], free, *ids[offset:]]
+    return [_sum_rounded_once(base, update.grouped(*([label] for label in order)))]
 
 
 PRODUCTS = {
@@ -147,7 +157,7 @@ def _ordered_factors(weight: Weight, contracted: list[int]) -> tuple[Factor, Fac
     for first, second in ((a, b), (b, a)):
         if set(contracted) == set(weight.own_labels(first)):
             return first, second
-    raise NotLowRank("contracts other axes than all of the input (or all of the output) axes")
+    raise RolesContradict("contracts other axes than all of the input (or all of the output) axes")
 
 
 def _low_rank_dot(
@@ -157,7 +167,7 @@ def _low_rank_dot(
     contracted, batch, free = ([weight.labels[k] for k in axes] for axes in of_weight)
     first, second = _ordered_factors(weight, contracted)
     if not set(batch) <= set(weight.stack_labels()):
-        raise NotLowRank("runs in batch over an input or output axis")
+        raise RolesContradict("runs in batch over an input or output axis")
     tokens = _labelled_activation(x, of_x, contracted, batch)
     down, up = _in_dtype(first, weight), _in_dtype(second, weight)
     options = {"precision": precision, **_wide(weight)}

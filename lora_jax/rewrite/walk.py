@@ -32,7 +32,8 @@ class Note(NamedTuple):
     present: frozenset[int]
     """The axes of the base weight that its view still has here."""
     meeting: Meeting | None = None
-    merged_because: str = ""
+    refusal: NotLowRank | None = None
+    """Why W + ΔW is formed here, where it is."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Walk:
     def plain_function(self, jaxpr: Jaxpr | ClosedJaxpr, eqn: JaxprEqn) -> Callable[..., list[Any]]:
         """As `function`, with every output an array."""
         run = self.function(jaxpr)
-        return lambda *inputs: [self.plain(x, eqn, "leaves a loop or branch") for x in run(*inputs)]
+        leaves = NotLowRank("leaves a loop or branch")
+        return lambda *inputs: [self.plain(x, eqn, leaves) for x in run(*inputs)]
 
     def bind(self, eqn: JaxprEqn, *values: Any) -> list[Any]:
         """The equation itself, on plain values."""
@@ -62,14 +64,12 @@ class Walk:
         """The base value behind a weight; anything else as it is."""
         return x.value if isinstance(x, Weight) else x
 
-    def plain(self, x: Any, eqn: JaxprEqn, reason: str) -> Any:
-        """``x`` as an array; a weight is merged here, for the reason given."""
-        return self.materialise(x, eqn, reason) if isinstance(x, Weight) else x
-
-    def materialise(self, weight: Weight, eqn: JaxprEqn, reason: str) -> jax.Array:
-        """W + ΔW at this place, with a note of why."""
-        self.note(weight, eqn, merged_because=reason)
-        return effective_value(weight)
+    def plain(self, x: Any, eqn: JaxprEqn, refusal: NotLowRank) -> Any:
+        """``x`` as an array: a weight becomes W + ΔW at this place, with a note of why."""
+        if not isinstance(x, Weight):
+            return x
+        self.note(x, eqn, refusal=refusal)
+        return effective_value(x)
 
     def note(self, weight: Weight, eqn: JaxprEqn, **seen: Any) -> None:
         """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
@@ -95,7 +95,7 @@ class Walk:
         try:
             return _rule_for(eqn)(self, eqn, *inputs)
         except NotLowRank as refusal:
-            return self.bind(eqn, *(self.plain(x, eqn, str(refusal)) for x in inputs))
+            return self.bind(eqn, *(self.plain(x, eqn, refusal) for x in inputs))
 
 
 def _rule_for(eqn: JaxprEqn) -> Callable[..., Sequence[Any]]:

@@ -26,6 +26,10 @@ class NotLowRank(Exception):
     """The operation can't be done on the factors: W + ΔW has to be formed here."""
 
 
+class RolesContradict(NotLowRank):
+    """The operation contracts other axes than another use of the weight, or the user, said."""
+
+
 class Axis(NamedTuple):
     """One axis of a weight's view."""
 

@@ -1,0 +1,8 @@
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
