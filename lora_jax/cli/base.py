@@ -1,0 +1,116 @@
+"""The base model of a command, the chat format it speaks, and its adapted forms."""
+
+import functools
+import hashlib
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import lora_jax as lora
+from lora_jax.data.chat import ChatFormat
+from lora_jax.errors import InputError
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.generate import LanguageModel, language_model
+from lora_jax.paths import named_leaves
+from lora_jax.site import Plan
+
+
+class Base(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+      name: as it was asked for.
+      source: where it came from.
+      config: of the decoder.
+      params: JAX arrays, on the default device.
+      chat: tokenizer and template.
+      special_tokens: text of ``bos``, ``eos``, ``pad`` and ``unk``, as far as there are any.
+      eos_ids: tokens that end an answer.
+    """
+
+    name: str
+    source: str
+    config: DecoderConfig
+    params: Any
+    chat: ChatFormat
+    special_tokens: dict[str, str]
+    eos_ids: tuple[int, ...]
+
+
+def load_base(model: str, dtype: str | None, console: Console) -> Base:
+    """Load a model by alias, directory, file or hub id.
+
+    Raises:
+      InputError: it isn't there, isn't implemented, or has no chat template.
+    """
+    from interop import pretrained
+
+    found = pretrained.load(model, dtype=dtype, progress=console)
+    if not found.chat_template:
+        raise InputError(f"{model} has no chat template: choose an instruction-tuned model")
+    in_template = {f"{role}_token": text for role, text in found.special_tokens.items()}
+    chat = ChatFormat(found.tokenizer, found.chat_template, in_template)
+    params = jax.tree.map(jnp.asarray, found.params)
+    return Base(
+        found.name, found.source, found.config, params, chat, found.special_tokens, found.eos_ids
+    )
+
+
+def digest(params: Any) -> str:
+    """A fingerprint of a parameter tree: paths, shapes, dtypes and checksums of all leaves.
+
+    It tells bases apart; it is no protection against somebody who forges one.
+    """
+    lines = (
+        f"{path} {leaf.shape} {leaf.dtype} {zlib.crc32(np.ascontiguousarray(leaf)):08x}"
+        for path, leaf in sorted(named_leaves(params).items())
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None:
+    """The adapter as a PEFT directory that remembers its base."""
+    from interop import peft
+    from interop.keymaps import LLAMA
+
+    about = {"model": base.name, "source": base.source, "digest": digest(base.params)}
+    peft.write(directory, adapter, plan, keymap=LLAMA, base_model_name=base.name, base=about)
+
+
+def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:
+    """The adapter of a PEFT directory, for this base.
+
+    Raises:
+      InputError: it is damaged, doesn't fit the base, or was trained on another one.
+    """
+    from interop import peft
+    from interop.keymaps import LLAMA
+
+    trained_on = peft.base_of(directory).get("digest")
+    if trained_on not in (None, digest(base.params)):
+        raise InputError(
+            f"{directory} was trained on another base than {base.name} ({base.source}): "
+            "name its own with --model"
+        )
+    return peft.read(directory, base.params, keymap=LLAMA)
+
+
+@functools.cache
+def adapted_language_model(config: DecoderConfig, plan: Plan) -> LanguageModel:
+    """The decoder for generation with ``(params, adapter)`` in place of its parameters.
+
+    Equal arguments give the same value, so that one compilation serves every adapter of a plan.
+    """
+    model = language_model(config)
+    adapted = lora.adapt(model.apply, plan)
+
+    def apply(params_and_adapter: Any, *args: Any) -> Any:
+        params, adapter = params_and_adapter
+        return adapted(params, adapter, *args)
+
+    return model._replace(apply=apply)

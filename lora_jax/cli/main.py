@@ -1,0 +1,78 @@
+"""``lora-jax``: a table of commands, each imported only when it is called."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from lora_jax.errors import InputError
+
+
+class Command(NamedTuple):
+    """Where a command lives: ``module.Options`` are its flags, ``module.run`` does it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train", "fine-tune a model on chat rows and write a PEFT adapter"),
+    "generate": Command("generate", "answer prompts, with and without the adapter of a run"),
+    "verify": Command("verify", "compare a run with torch + PEFT, layer by layer"),
+    "merge": Command("merge", "fold an adapter into its base, as a Hugging Face directory"),
+    "inspect data": Command(
+        "inspect_data", "show rows as the model reads them, trained tokens marked"
+    ),
+    "inspect plan": Command("inspect_plan", "show which weights a target pattern adapts, and how"),
+    "bench flops": Command("bench_flops", "count the training step's FLOPs beside the theory"),
+}
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 2 for bad input and 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        return _print_version()
+    name = next((n for n in COMMANDS if words[: len(n.split())] == n.split()), None)
+    if name is None:
+        return _print_help(words)
+    try:
+        return _run(name, words[len(name.split()) :])
+    except InputError as error:
+        print(f"lora-jax {name}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(name: str, words: list[str]) -> int:
+    from lora_jax.cli.parsing import parse
+
+    command = import_module(f"lora_jax.cli.{COMMANDS[name].module}")
+    return command.run(parse(command.Options, words, f"lora-jax {name}", command.__doc__))
+
+
+def _print_help(words: list[str]) -> int:
+    asked = not words or words[0] in ("-h", "--help", "help")
+    lines = [
+        "usage: lora-jax COMMAND [OPTIONS]",
+        "",
+        "LoRA for JAX, with exact interop to PyTorch.",
+        "",
+    ]
+    lines += [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "lora-jax COMMAND --help shows a command's options."]
+    if not asked:
+        lines.insert(0, f"lora-jax: no command {' '.join(words[:2])!r}")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else USAGE_ERROR
+
+
+def _print_version() -> int:
+    from importlib.metadata import version
+
+    print(f"lora-jax {version('lora-jax')}")
+    return 0

@@ -1,0 +1,113 @@
+"""From the command line and a YAML file to one frozen dataclass, and back to YAML."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_jax.errors import InputError
+
+Options = TypeVar("Options")
+
+CONFIG = "config"
+"""The field, where a command has it, that names a YAML file."""
+
+
+def parse(kind: type[Options], words: Sequence[str], program: str, about: str | None) -> Options:
+    """Fill the dataclass ``kind`` from flags and, where it has ``config``, from a YAML file.
+
+    The file's values come first, so flags win. Unknown flags end the program with status 2.
+
+    Raises:
+      InputError: the YAML file can't be read or has an unknown key.
+    """
+    import tyro
+
+    fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    from_file = _file_flags(kind, words) if CONFIG in fields else []
+    return tyro.cli(
+        kind,
+        args=[*from_file, *words],
+        prog=program,
+        description=(about or "").strip(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def as_yaml(options: Any) -> str:
+    """Resolved options as YAML that `parse` reads back."""
+    import yaml
+
+    values = dataclasses.asdict(options)
+    values.pop(CONFIG, None)
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file; an InputError where there is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"config file {path} must hold 'group: {{option: value}}' mappings")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _file_flags(kind: type, words: Sequence[str]) -> list[str]:
+    path = _value_of(f"--{CONFIG}", words)
+    if path is None:
+        return []
+    flags = dict(_flags(kind))
+    given = dict(_leaves(read_yaml(Path(path))))
+    unknown = [key for key in given if key not in flags]
+    if unknown:
+        hints = ", ".join(f"{key!r} (nearest: {_nearest(key, flags)!r})" for key in unknown)
+        raise InputError(f"config file {path}: unknown key {hints}")
+    words_by_key = [_words(flags[key], value) for key, value in given.items() if value is not None]
+    return [word for words in words_by_key for word in words]
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What follows ``flag``, as the next word or after ``=``; None where it isn't given."""
+    after = dict(zip(words, [*words[1:], None], strict=True))
+    joined = (word.partition("=")[2] for word in words if word.startswith(f"{flag}="))
+    return after.get(flag) or next(joined, None)
+
+
+def _flags(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option's key in a YAML file, such as ``lora.rank``, and its flag."""
+    for each in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(each.type):
+            yield from _flags(each.type, f"{prefix}{each.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{each.name}", f"--{each.name.replace('_', '-')}"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        yield from _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+
+
+def _words(flag: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def _nearest(key: str, keys: Mapping[str, str]) -> str:
+    return difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]

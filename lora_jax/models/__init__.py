@@ -1,0 +1,1 @@
+"""A decoder-only transformer in Flax, named configurations of it, and text generation."""
