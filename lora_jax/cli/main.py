@@ -76,3 +76,7 @@ def _print_version() -> int:
 
     print(f"lora-jax {version('lora-jax')}")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The file boundary: torch names, Hugging Face directories, GGUF files and pretrained models."""

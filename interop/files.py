@@ -1,0 +1,106 @@
+"""Small files read strictly, and writes that appear whole or not at all.
+
+A write goes to a temporary sibling that is synced and then renamed, with the mode that the
+umask gives.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_jax.errors import InputError
+
+
+def existing_file(path: str | os.PathLike) -> Path:
+    """``path``, if it is a file that can be read; an InputError otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} can't be read: permission denied")
+    return path
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: the file isn't there, isn't JSON (with the line), or holds no object.
+    """
+    path = existing_file(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file opened for writing that appears under ``path`` when the block ends without error.
+
+    Raises:
+      InputError: the file can't be written there; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A new directory to fill, which appears under ``path`` when the block ends without error.
+
+    Raises:
+      InputError: ``path`` already holds something, or can't be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} already exists: name another directory or remove it first")
+    temporary = _sibling(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync_directory(temporary)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

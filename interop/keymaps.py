@@ -1,0 +1,358 @@
+"""How leaf paths and tensor names correspond, as tables; both directions come from one table.
+
+A stacked leaf holds every layer along its first axis, a checkpoint holds one tensor per layer,
+and torch keeps linear weights as (out, in)::
+
+    layers/self_attn/q_proj/kernel (L, in, out)  <->  model.layers.{i}.self_attn.q_proj.weight
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from lora_jax.errors import InputError
+from lora_jax.models.config import DecoderConfig
+
+Shape = tuple[int, ...]
+
+
+class Rule(NamedTuple):
+    """One leaf and its tensors; ``{i}`` in ``name`` is the layer, the leaf's first axis."""
+
+    path: str
+    name: str
+    transposed: bool
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name
+
+
+class Keymap(NamedTuple):
+    """Every rule of a model family in one naming scheme.
+
+    ``ignored`` are patterns of names that hold no parameters. ``copies`` maps a name that may
+    be present without being expected to the name of the tensor it must then equal.
+    """
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    copies: Mapping[str, str] = {}
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: Shape
+    dtype: np.dtype
+
+
+_LEAVES = {
+    "embedding": (("embedding", "weight", False),),
+    "norm": (("scale", "weight", False),),
+    "linear": (("kernel", "weight", True), ("bias", "bias", False)),
+}
+
+_LLAMA_MODULES = (
+    # our module, torch module, GGUF module, kind
+    ("embed_tokens", "model.embed_tokens", "token_embd", "embedding"),
+    ("layers/input_layernorm", "model.layers.{i}.input_layernorm", "blk.{i}.attn_norm", "norm"),
+    ("layers/self_attn/q_proj", "model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q", "linear"),
+    ("layers/self_attn/k_proj", "model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k", "linear"),
+    ("layers/self_attn/v_proj", "model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v", "linear"),
+    (
+        "layers/self_attn/o_proj",
+        "model.layers.{i}.self_attn.o_proj",
+        "blk.{i}.attn_output",
+        "linear",
+    ),
+    (
+        "layers/post_attention_layernorm",
+        "model.layers.{i}.post_attention_layernorm",
+        "blk.{i}.ffn_norm",
+        "norm",
+    ),
+    ("layers/mlp/gate_proj", "model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate", "linear"),
+    ("layers/mlp/up_proj", "model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up", "linear"),
+    ("layers/mlp/down_proj", "model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down", "linear"),
+    ("norm", "model.norm", "output_norm", "norm"),
+    ("lm_head", "lm_head", "output", "linear"),
+)
+
+
+def _rules(modules: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
+    return tuple(
+        Rule(f"{ours}/{leaf}", f"{theirs}.{suffix}", transposed)
+        for ours, theirs, kind in modules
+        for leaf, suffix, transposed in _LEAVES[kind]
+    )
+
+
+LLAMA = Keymap(
+    _rules((ours, torch, kind) for ours, torch, _, kind in _LLAMA_MODULES),
+    ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+)
+LLAMA_GGUF = Keymap(_rules((ours, gguf, kind) for ours, _, gguf, kind in _LLAMA_MODULES))
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_FLOATS = frozenset(
+    np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+)
+
+
+def llama_shapes(config: DecoderConfig) -> dict[str, Shape]:
+    """The shape of every leaf of a decoder, by leaf path.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=3,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=2)
+    >>> llama_shapes(config)["layers/self_attn/k_proj/kernel"]
+    (3, 4, 2)
+    """
+    hidden, wide = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn/q_proj": (hidden, queries, config.attention_bias),
+        "self_attn/k_proj": (hidden, keys, config.attention_bias),
+        "self_attn/v_proj": (hidden, keys, config.attention_bias),
+        "self_attn/o_proj": (queries, hidden, config.attention_bias),
+        "mlp/gate_proj": (hidden, wide, config.mlp_bias),
+        "mlp/up_proj": (hidden, wide, config.mlp_bias),
+        "mlp/down_proj": (wide, hidden, config.mlp_bias),
+    }
+    layers: dict[str, Shape] = {
+        "input_layernorm/scale": (hidden,),
+        "post_attention_layernorm/scale": (hidden,),
+        **{f"{name}/kernel": (rows, columns) for name, (rows, columns, _) in linears.items()},
+        **{f"{name}/bias": (columns,) for name, (_, columns, bias) in linears.items() if bias},
+    }
+    head = {} if config.tie_embeddings else {"lm_head/kernel": (hidden, config.vocab_size)}
+    return {
+        "embed_tokens/embedding": (config.vocab_size, hidden),
+        **{f"layers/{name}": (config.num_layers, *shape) for name, shape in layers.items()},
+        "norm/scale": (hidden,),
+        **head,
+    }
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dict under their paths.
+
+    >>> flatten({"norm": {"scale": 1}})
+    {'norm/scale': 1}
+    """
+    leaves = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        leaves |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return leaves
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose leaves stand at the given paths: the inverse of `flatten`.
+
+    >>> nest({"norm/scale": 1, "norm/bias": 2})
+    {'norm': {'scale': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
+    """The tensors of ``params`` under ``table``'s names, one per layer, linear weights (out, in).
+
+    Values are views of the leaves where NumPy can give one, so nothing is copied; linear
+    weights are therefore transposed views, which `interop.torch_io` writes correctly and
+    ``safetensors.numpy`` does not. Dtypes are kept exactly.
+
+    Raises:
+      InputError: leaves that the table has no rule for, all of them named.
+
+    >>> weights = to_torch({"lm_head": {"kernel": np.zeros((4, 8))}}, LLAMA)
+    >>> {name: array.shape for name, array in weights.items()}
+    {'lm_head.weight': (8, 4)}
+    """
+    leaves = flatten(params)
+    rules = {rule.path: rule for rule in table.rules}
+    if unknown := sorted(set(leaves) - set(rules)):
+        raise InputError(f"no tensor name for {', '.join(unknown)}: the table has {sorted(rules)}")
+    return {
+        name: array.T if rules[path].transposed else array
+        for path, leaf in leaves.items()
+        for name, array in _layers(rules[path], np.asarray(leaf))
+    }
+
+
+def from_torch(
+    state_dict: Mapping[str, np.ndarray],
+    table: Keymap,
+    expected_shapes: Mapping[str, Shape],
+    *,
+    dtype: str | np.dtype | None = None,
+) -> dict[str, Any]:
+    """Parameters from named tensors: the inverse of `to_torch`.
+
+    Args:
+      state_dict: tensors by name.
+      table: which name belongs to which leaf.
+      expected_shapes: shape of every leaf by path, as `llama_shapes` gives.
+      dtype: dtype of the result; the tensors' own by default.
+
+    Returns:
+      A nested dict of new arrays; ``state_dict`` shares no memory with it.
+
+    Raises:
+      InputError: missing, unexpected, mis-shaped and non-floating-point tensors, all named.
+
+    >>> params = from_torch({"model.norm.weight": np.ones(4)}, LLAMA, {"norm/scale": (4,)})
+    >>> params["norm"]["scale"].shape
+    (4,)
+    """
+    found = {name: TensorInfo(array.shape, array.dtype) for name, array in state_dict.items()}
+    return assemble(found, state_dict.__getitem__, table, expected_shapes, dtype=dtype)
+
+
+def assemble(
+    found: Mapping[str, TensorInfo],
+    fetch: Callable[[str], np.ndarray],
+    table: Keymap,
+    expected_shapes: Mapping[str, Shape],
+    *,
+    dtype: str | np.dtype | None = None,
+) -> dict[str, Any]:
+    """Like `from_torch`, for tensors that are fetched by name one at a time.
+
+    Everything is checked on ``found`` before the first fetch; each tensor goes straight into
+    its leaf, so beside the result no more than one tensor is alive.
+    """
+    rules = {rule.path: rule for rule in table.rules}
+    wanted = [(rules[path], shape) for path, shape in expected_shapes.items()]
+    _require_fit(found, fetch, table, wanted, same_dtype=dtype is None)
+    leaves = {}
+    for rule, shape in wanted:
+        names = _names(rule, shape)
+        leaf = np.empty(shape, found[names[0]].dtype if dtype is None else np.dtype(dtype))
+        for name, target in _layers(rule, leaf):
+            target[...] = fetch(name).T if rule.transposed else fetch(name)
+        leaves[rule.path] = leaf
+    return nest(leaves)
+
+
+def module_name(path: str, table: Keymap, layer: int | None = None) -> str:
+    """The torch module that holds a leaf, at one layer if the leaf is stacked.
+
+    >>> module_name("layers/self_attn/q_proj/kernel", LLAMA, 3)
+    'model.layers.3.self_attn.q_proj'
+    >>> module_name("lm_head/kernel", LLAMA)
+    'lm_head'
+    """
+    rule = next((rule for rule in table.rules if rule.path == path), None)
+    if rule is None:
+        raise InputError(f"no module holds {path!r}: known leaves {[r.path for r in table.rules]}")
+    if rule.stacked != (layer is not None):
+        state = "stacked, name a layer" if rule.stacked else f"not stacked, it has no layer {layer}"
+        raise InputError(f"{path} is {state}")
+    return rule.name.format(i=layer).rpartition(".")[0]
+
+
+def leaf_path(module: str, table: Keymap) -> tuple[str, int | None]:
+    """The leaf that holds a torch module's weight and its layer: the inverse of `module_name`.
+
+    >>> leaf_path("model.layers.3.self_attn.q_proj", LLAMA)
+    ('layers/self_attn/q_proj/kernel', 3)
+    >>> leaf_path("model.embed_tokens", LLAMA)
+    ('embed_tokens/embedding', None)
+    """
+    for rule in table.rules:
+        if match := re.fullmatch(_pattern(rule), f"{module}.weight"):
+            return rule.path, int(match["i"]) if rule.stacked else None
+    known = [rule.name.removesuffix(".weight") for rule in table.rules]
+    raise InputError(f"no leaf for module {module!r}: known modules {known}")
+
+
+def _pattern(rule: Rule) -> str:
+    return re.escape(rule.name).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
+
+
+def _names(rule: Rule, shape: Shape) -> list[str]:
+    return [rule.name.format(i=i) for i in range(shape[0])] if rule.stacked else [rule.name]
+
+
+def _layers(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    return zip(_names(rule, leaf.shape), leaf if rule.stacked else [leaf], strict=True)
+
+
+def _tensor_shape(rule: Rule, shape: Shape) -> Shape:
+    inner = shape[1:] if rule.stacked else shape
+    return inner[::-1] if rule.transposed else inner
+
+
+def _require_fit(
+    found: Mapping[str, TensorInfo],
+    fetch: Callable[[str], np.ndarray],
+    table: Keymap,
+    wanted: list[tuple[Rule, Shape]],
+    *,
+    same_dtype: bool,
+) -> None:
+    """Raise one InputError for everything that keeps ``found`` from filling ``wanted``."""
+    shapes = {n: _tensor_shape(rule, shape) for rule, shape in wanted for n in _names(rule, shape)}
+    present = {name: info for name, info in found.items() if name in shapes}
+    extra = [n for n in found if n not in shapes and not _ignorable(n, table)]
+    copies = {n: table.copies[n] for n in extra if table.copies.get(n) in present}
+    problems = {
+        "missing": [name for name in shapes if name not in found],
+        "unexpected": [name for name in extra if name not in copies],
+        "wrong shape": [
+            f"{name} is {info.shape}, expected {shapes[name]}"
+            for name, info in present.items()
+            if info.shape != shapes[name]
+        ],
+        "not floating point": [
+            f"{name} is {info.dtype}" for name, info in present.items() if info.dtype not in _FLOATS
+        ],
+        "differing dtypes in one stack": _mixed(found, wanted) if same_dtype else [],
+        "not the copy it should be": [
+            f"{name} of {original}"
+            for name, original in copies.items()
+            if not np.array_equal(fetch(name), fetch(original))
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"{kind}: {', '.join(_grouped(names))}" for kind, names in problems.items() if names
+        ]
+        raise InputError("the tensors do not fit the model: " + "; ".join(lines))
+
+
+def _ignorable(name: str, table: Keymap) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in table.ignored)
+
+
+def _mixed(found: Mapping[str, TensorInfo], wanted: list[tuple[Rule, Shape]]) -> list[str]:
+    dtypes = {
+        rule.name: sorted({str(found[name].dtype) for name in _names(rule, shape) if name in found})
+        for rule, shape in wanted
+    }
+    return [f"{name} is {' and '.join(kinds)}" for name, kinds in dtypes.items() if len(kinds) > 1]
+
+
+def _grouped(lines: Iterable[str]) -> list[str]:
+    """Lines that differ in a layer number only, written once: ``layers.{0,1,2}.norm``."""
+    numbers = defaultdict(list)
+    for line in lines:
+        numbers[_LAYER_NUMBER.sub("{}", line, count=1)] += _LAYER_NUMBER.findall(line)[:1]
+    return [
+        template.replace("{}", ",".join(found).join("{}") if len(found) > 1 else "".join(found), 1)
+        for template, found in numbers.items()
+    ]

@@ -1,0 +1,1 @@
+"""Chat rows from files to training batches; numpy only until the first batch is asked for."""

@@ -1,0 +1,165 @@
+"""Every command on the tiny model, as a person would call it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from chat_rows import write_rows
+
+from lora_jax.cli.main import COMMANDS, main
+
+
+def test_run_directory_holds_what_a_person_looks_for(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"adapter", "config.yaml", "metrics.jsonl", "loss.png", "answers.json"}
+    files = {path.name for path in (trained / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_learned_its_rows(trained):
+    judged = json.loads((trained / "answers.json").read_text())
+    assert judged["after"]["loss"] < judged["before"]["loss"] / 2
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == list(range(1, len(metrics) + 1))
+    assert metrics[-1]["loss"] < metrics[0]["loss"] / 2
+    assert metrics[0]["learning_rate"] > 0
+
+
+def test_resolved_config_starts_the_same_run_again(trained, tmp_path):
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["lora"]["rank"] == 8
+    assert config["model"]["model"] == "tiny"
+    again = str(tmp_path / "again")
+    words = ["train", "--config", str(trained / "config.yaml"), "--out", again]
+    assert main(words) == 0
+    first, second = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for folder in (trained, tmp_path / "again")
+    )
+    assert first == second
+
+
+def test_generate_shows_both_answers(trained, capsys):
+    words = ["generate", str(trained), "--prompts", "Who are you?", "--max-new-tokens", "12"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    judged = json.loads((trained / "answers.json").read_text())
+    assert f"with adapter: {judged['after']['answers'][0]}" in out
+    assert "without adapter: " in out
+
+
+def test_merge_writes_weights_that_compute_the_adapted_function(trained, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    merged, base = tmp_path / "merged", tmp_path / "base"
+    assert main(["merge", str(trained), str(merged)]) == 0
+    assert "lost to rounding" in capsys.readouterr().out
+    assert main(["merge", str(trained), str(base), "--base-only"]) == 0
+    from peft import PeftModel
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        of_merged = load(merged)(tokens).logits
+        plain = load(base)
+        of_base = plain(tokens).logits
+        of_peft = PeftModel.from_pretrained(plain, trained / "adapter")(tokens).logits
+    assert (of_merged - of_peft).abs().max() < 1e-4
+    assert (of_merged - of_base).abs().max() > 1
+
+
+def test_verify_agrees_with_torch(trained, capsys):
+    pytest.importorskip("peft")
+    assert main(["verify", str(trained)]) == 0
+    assert "verified" in capsys.readouterr().out
+
+
+def test_verify_fails_on_an_edited_adapter(trained, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 1
+    weights.write_bytes(damaged)
+    assert main(["verify", str(copy)]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_inspect_data_marks_trained_tokens(tmp_path, capsys):
+    data = write_rows(tmp_path / "a.jsonl")
+    assert main(["inspect", "data", str(data), "--model", "tiny", "--rows", "1"]) == 0
+    assert "⟦I am Ada.<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_inspect_plan_lists_adapted_and_frozen_leaves(capsys):
+    assert main(["inspect", "plan", "--model", "tiny", "--rank", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "trainable params: " in out
+    assert "frozen: embed_tokens/embedding" in out
+
+
+def test_bench_flops_is_within_two_percent_of_the_theory():
+    from lora_jax.cli.bench_flops import Options
+    from lora_jax.cli.flops import step_flops
+
+    counted, parts = step_flops(Options(model="tiny"))
+    assert abs(counted / sum(parts.values()) - 1) < 0.02
+
+
+def test_smollm2_preset_is_what_bench_flops_says_it_is():
+    from lora_jax.models.decoder import param_shapes
+    from lora_jax.models.presets import PRESETS
+    from lora_jax.paths import named_leaves
+
+    leaves = named_leaves(param_shapes(PRESETS["smollm2-135m"])).values()
+    assert sum(np.prod(leaf.shape) for leaf in leaves) == 134_515_008
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([*command.split(), "--help"])
+    assert leaving.value.code == 0
+    assert f"usage: lora-jax {command}" in capsys.readouterr().out
+
+
+def test_help_is_quick():
+    def seconds():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "lora_jax.cli.main", "--help"], check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_interrupt_keeps_what_was_learned(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl")
+    out = tmp_path / "run"
+    words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs"]
+    words += ["1000000", "--max-length", "64", "--batch-size", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lora_jax.cli.main import main; raise SystemExit(main())", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 2000):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "what was learned is kept" in printed
+    updates = len(metrics.read_text().splitlines())
+    assert 0 < updates < 1000
+    assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0

@@ -1,0 +1,206 @@
+"""What a plan says, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lora
+from lora_jax import InputError, LoraConfig, Rule
+
+PARAMS = {
+    "q_proj": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+    "k_proj": {"kernel": jnp.ones((4, 6))},
+    "unread": {"kernel": jnp.ones((4, 6))},
+    "ids": jnp.arange(4),
+}
+X = jnp.ones((2, 4))
+
+
+def model_fn(params, x):
+    q = x @ params["q_proj"]["kernel"] + params["q_proj"]["bias"]
+    return q * (x @ params["k_proj"]["kernel"]) + params["ids"].sum()
+
+
+def make_plan(**config):
+    return lora.plan(model_fn, PARAMS, X, config=LoraConfig(**{"rank": 2, **config}))
+
+
+def test_first_matching_rule_wins_and_exclude_wins_over_all():
+    targets = (Rule("k_proj/.*", rank=1, alpha=3), ".*proj/kernel")
+    plan = make_plan(targets=targets, alpha=8)
+    assert {path: (s.rank, s.scale) for path, s in plan.items()} == {
+        "k_proj/kernel": (1, 3.0),
+        "q_proj/kernel": (2, 4.0),
+    }
+    assert list(make_plan(targets=targets, exclude=("k_proj/.*",))) == ["q_proj/kernel"]
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    plan = make_plan(rank=4, alpha=8, use_rslora=True, targets="q_proj/kernel")
+    assert plan["q_proj/kernel"].scale == 4.0
+
+
+def test_plan_is_hashable_and_equal_by_value():
+    one, two = (make_plan(targets="q_proj/kernel") for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert hash(one) != hash(make_plan(targets="k_proj/kernel"))
+
+
+def test_use_names_the_users_line():
+    [use] = make_plan(targets="k_proj/kernel")["k_proj/kernel"].uses
+    assert use.operation == "dot_general"
+    assert "test_planning.py" in use.where
+    assert not use.merged_because
+
+
+def test_plan_works_on_shapes_alone():
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (PARAMS, X))
+    plan = lora.plan(model_fn, *shapes, config=LoraConfig(rank=2, targets="q_proj/kernel"))
+    assert plan == make_plan(targets="q_proj/kernel")
+
+
+def test_adding_a_target_leaves_other_values_alone():
+    key = jax.random.key(3)
+    alone = lora.init(key, PARAMS, make_plan(targets="k_proj/kernel"))
+    both = lora.init(key, PARAMS, make_plan(targets=".*_proj/kernel"))
+    assert (alone["k_proj/kernel"].a == both["k_proj/kernel"].a).all()
+    assert (both["q_proj/kernel"].a != both["k_proj/kernel"].a).any()
+
+
+def test_initialisers_have_the_documented_spread():
+    shapes = {"w": jax.ShapeDtypeStruct((400, 300), jnp.float32)}
+    for init, std, expected in (
+        ("kaiming_uniform", None, (1 / 3 / 400) ** 0.5),
+        ("gaussian", None, 1 / 16),
+        ("gaussian", 0.02, 0.02),
+    ):
+        config = LoraConfig(rank=16, targets="w", init=init, init_std=std)
+        plan = lora.plan_from_axes(shapes, config, {"w": "in out"})
+        a = lora.init(jax.random.key(0), shapes, plan)["w"].a
+        assert abs(float(a.std()) / expected - 1) < 0.03
+        assert abs(float(a.mean())) < expected / 10
+    bound = 1 / 400**0.5
+    config = LoraConfig(rank=16, targets="w")
+    a = lora.init(jax.random.key(0), shapes, lora.plan_from_axes(shapes, config, {"w": "in out"}))
+    assert 0.99 * bound < float(jnp.abs(a["w"].a).max()) <= bound
+
+
+BAD_PLANS = {
+    "no leaf matches": (
+        {"targets": ".*q_porj/kernel"},
+        ["'.*q_porj/kernel' matches no leaf", "q_proj/kernel"],
+    ),
+    "every offender at once": (
+        {"targets": ("nowhere", "unread/kernel", "ids")},
+        ["'nowhere'", "'unread/kernel' is never read", "'ids' is int"],
+    ),
+    "no product": (
+        {"targets": "q_proj/bias"},
+        ["'q_proj/bias' of shape (6,) is never contracted"],
+    ),
+    "rank too large": (
+        {"targets": "q_proj/kernel", "rank": 5},
+        ["'q_proj/kernel': rank 5 exceeds 4", "4 x 6"],
+    ),
+    "declared roles of the wrong length": (
+        {"targets": "q_proj/kernel", "axes": (("q.*", "stack in out"),)},
+        ["has 2 axes", "('stack', 'in', 'out')"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "texts"), BAD_PLANS.values(), ids=BAD_PLANS)
+def test_bad_plans_name_every_offender(config, texts):
+    with pytest.raises(InputError) as error:
+        make_plan(**config)
+    for text in texts:
+        assert text in str(error.value)
+
+
+BAD_CONFIGS = {
+    "rank": ({"rank": 0, "targets": "w"}, "rank of 'w' must be an integer of at least 1, got 0"),
+    "alpha": ({"alpha": float("nan"), "targets": "w"}, "alpha of 'w' must be"),
+    "pattern": ({"targets": "("}, "'(' is not a regular expression"),
+    "empty": ({"targets": ()}, "targets is empty"),
+    "std": ({"targets": "w", "init_std": -1.0}, "init_std of 'w'"),
+    "roles": ({"targets": "w", "axes": (("w", "in"),)}, "at least one 'in' and one 'out'"),
+}
+
+
+@pytest.mark.parametrize(("values", "text"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_configs(values, text):
+    with pytest.raises(InputError, match="."):
+        LoraConfig(**values)
+    try:
+        LoraConfig(**values)
+    except InputError as error:
+        assert text in str(error)
+
+
+def test_contradicting_uses_are_refused():
+    def contradicting(params, x):
+        heads = jnp.einsum("bd,dhk->bhk", x, params["w"])
+        return heads.sum() + jnp.einsum("bdh,dhk->bk", jnp.ones((2, 4, 2)), params["w"])
+
+    with pytest.raises(InputError, match="has roles in out out, but .* contracts other axes"):
+        lora.plan(contradicting, {"w": jnp.ones((4, 2, 3))}, X, config=LoraConfig(1, targets="w"))
+
+
+def test_strict_refuses_local_merges():
+    def normed(params, x):
+        return x @ (params["w"] / jnp.linalg.norm(params["w"]))
+
+    config = LoraConfig(rank=1, targets="w")
+    assert lora.plan(normed, {"w": jnp.ones((4, 4))}, X, config=config)["w"].uses
+    with pytest.raises(InputError, match="is merged at .*test_planning.py"):
+        lora.plan(normed, {"w": jnp.ones((4, 4))}, X, config=config, strict=True)
+
+
+def test_adapter_of_another_plan_is_refused_by_name():
+    plan = make_plan(targets=".*_proj/kernel")
+    adapter = lora.init(jax.random.key(0), PARAMS, plan)
+    adapted = lora.adapt(model_fn, plan)
+    missing = {"q_proj/kernel": adapter["q_proj/kernel"]}
+    wrong = {
+        "q_proj/kernel": lora.LoraPair(jnp.ones((4, 3)), jnp.ones((2, 6), jnp.int32)),
+        "k_proj/kernel": (jnp.ones((4, 2)), jnp.ones((2, 6))),
+        "v_proj/kernel": adapter["q_proj/kernel"],
+    }
+    with pytest.raises(InputError, match="no entry for 'k_proj/kernel'"):
+        adapted(PARAMS, missing, X)
+    with pytest.raises(InputError) as error:
+        lora.merge(PARAMS, wrong, plan)
+    for text in ("(4, 3), the plan says (4, 2)", "b is int32", "is a tuple", "'v_proj/kernel' is"):
+        assert text in str(error.value)
+
+
+def test_params_of_another_shape_are_refused():
+    plan = make_plan(targets="q_proj/kernel")
+    adapter = lora.init(jax.random.key(0), PARAMS, plan)
+    other = {**PARAMS, "q_proj": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+    with pytest.raises(InputError, match=r"shape \(4, 8\), the plan says \(4, 6\)"):
+        lora.adapt(model_fn, plan)(other, adapter, X)
+
+
+def test_explain_prints_leaves_uses_and_totals():
+    text = lora.explain(make_plan(targets=".*_proj/kernel"))
+    assert "q_proj/kernel" in text
+    assert "in:4 out:6" in text
+    assert "low rank" in text
+    assert "test_planning.py" in text
+    assert "trainable params: 40 || all params: 122 || trainable%: 32.7869" in text
+
+
+def test_static_arguments_reach_the_function_as_they_are():
+    def flagged(params, x, *, double, name=None):
+        assert name == "given"
+        return (2 if double else 1) * (x @ params["q_proj"]["kernel"])
+
+    plan = lora.plan(
+        flagged, PARAMS, X, config=LoraConfig(2, targets="q_proj/kernel"), double=True, name="given"
+    )
+    adapter = lora.init(jax.random.key(0), PARAMS, plan)
+    twice = lora.adapt(flagged, plan)(PARAMS, adapter, X, double=True, name="given")
+    once = lora.adapt(flagged, plan)(PARAMS, adapter, X, double=False, name="given")
+    assert (twice == 2 * once).all()

@@ -1,0 +1,168 @@
+"""The verifier: it passes a true pair, and says why it does not pass a false one."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lora_jax as lora
+from interop import peft, pretrained, torch_io
+from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
+from interop.keymaps import LLAMA
+from interop.manifest import MANIFEST
+from lora_jax.cli.verify import render
+
+PROMPTS = [[1, 2, 3], [4] * 9, [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15]]
+CRITERIA = Criteria(max_logit_difference=1e-5, min_effect=1.0, min_positions=50)
+O_B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    config = lora.LoraConfig(
+        rank=4, alpha=8, targets=(lora.Rule(".*k_proj/.*", rank=2, alpha=1.5), r".*_proj/kernel")
+    )
+    plan = lora.plan_from_axes(model.params, config, {"layers/.*": "stack in out"})
+    fresh = lora.init(jax.random.key(0), model.params, plan)
+    key = jax.random.key(1)
+    return {
+        path: pair._replace(b=0.4 * jax.random.normal(key, pair.b.shape))
+        for path, pair in fresh.items()
+    }, plan
+
+
+@pytest.fixture(scope="module")
+def directory(pair, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "adapter"
+    peft.write(directory, *pair, keymap=LLAMA)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def report(model, directory):
+    return verify(model, directory, PROMPTS, max_new_tokens=8, criteria=CRITERIA)
+
+
+def text_of(report):
+    console = Console(width=120, record=True, file=None)
+    with console.capture():
+        console.print(render(report))
+    return console.export_text()
+
+
+def test_a_true_pair_is_verified(report):
+    assert report.agrees, report.reasons
+    assert report.positions == sum(map(len, PROMPTS)) + 8 * len(PROMPTS)
+    assert report.effect > 1
+    for comparison in (report.base, report.adapted):
+        assert 0 <= comparison.mean_logit_difference <= comparison.max_logit_difference < 1e-5
+        assert [layer.layer for layer in comparison.layers] == [0, 1]
+        assert all(layer.relative < 1e-5 and layer.cosine > 0.9999 for layer in comparison.layers)
+        assert [answer.agreeing for answer in comparison.answers] == [8] * len(PROMPTS)
+
+
+def test_the_adapter_changes_what_is_answered(report):
+    """Else the answers of the adapted model would show nothing that those of the base don't."""
+    pairs = zip(report.base.answers, report.adapted.answers, strict=True)
+    assert any(base.answer != adapted.answer for base, adapted in pairs)
+
+
+def test_the_report_is_readable(report):
+    text = text_of(report)
+    assert "JAX and torch with PEFT compute the same function" in text
+    assert text.count("8 of 8") == 2 * len(PROMPTS)
+    assert f"{report.effect:.2f}" in text
+
+
+def test_another_scale_is_not_verified(model, directory, pair):
+    adapter, plan = pair
+    plan = replace(plan, sites=tuple(replace(s, scale=1.5 * s.scale) for s in plan.sites))
+    report = verify(
+        model, directory, PROMPTS, trained=(adapter, plan), max_new_tokens=8, criteria=CRITERIA
+    )
+    assert not report.agrees
+    assert report.base.max_logit_difference < 1e-5
+    assert any("adapted model: logits differ" in reason for reason in report.reasons)
+    assert not any("base" in reason for reason in report.reasons)
+    text = text_of(report)
+    assert "NOT verified" in text
+    assert "adapted model: logits differ" in text
+
+
+def test_a_corrupted_tensor_and_too_little_evidence_are_named(model, directory, pair, tmp_path):
+    """One layer's B negated, which no format check can notice."""
+    damaged = tmp_path / "adapter"
+    peft.write(damaged, *pair, keymap=LLAMA)
+    (damaged / MANIFEST).unlink()
+    tensors = {n: np.array(t) for n, t in torch_io.read(damaged / peft.WEIGHTS).items()}
+    tensors[O_B] *= -1
+    torch_io.write(damaged / peft.WEIGHTS, tensors)
+    report = verify(model, damaged, PROMPTS[:2], trained=pair, max_new_tokens=4)
+    assert report.adapted.layers[0].relative < 1e-5 < 1e-2 < report.adapted.layers[1].relative
+    assert any("adapted model: logits differ" in reason for reason in report.reasons)
+    assert any("20 positions were compared, fewer than 256" in r for r in report.reasons)
+    assert any("2 prompts were answered, fewer than 5" in r for r in report.reasons)
+
+
+def test_an_adapter_that_does_nothing_is_not_verified(model, pair, tmp_path):
+    adapter, plan = pair
+    idle = {path: pair._replace(b=0 * pair.b) for path, pair in adapter.items()}
+    peft.write(tmp_path / "adapter", idle, plan, keymap=LLAMA)
+    report = verify(model, tmp_path / "adapter", PROMPTS, max_new_tokens=8, criteria=CRITERIA)
+    assert report.effect == 0
+    (reason,) = report.reasons
+    assert "changes no logit" in reason
+
+
+def test_progress_names_every_stage(model, directory):
+    stages = []
+    verify(model, directory, [[1, 2]], max_new_tokens=1, progress=stages.append)
+    assert len(stages) == len(set(stages)) == 7
+
+
+def test_ids_outside_the_vocabulary_are_named(model, directory):
+    with pytest.raises(lora.InputError, match=r"vocabulary of 320: \{2: \[-1, 320\]\}"):
+        verify(model, directory, [[1], [320, 5, -1]])
+
+
+def side(logits):
+    """A model whose logits after any tokens are these."""
+    trace = _Trace(np.zeros((1, 1, 1)), np.array([logits], np.float32))
+    return _Side(lambda prompts, count: [], lambda rows: trace)
+
+
+FLIPS = {
+    "margin below the difference": ([1.0, 1.0005, 0.0], [1.0004, 1.0, 0.0], True),
+    "margin above the difference": ([1.3, 1.2, 0.0], [1.4, 1.0, 0.0], False),
+    "not torch's two best": ([1.0, 1.0, 0.0], [1.0, 0.0, 0.9999], False),
+    "not a number": ([1.0, np.nan, 0.0], [1.0, 1.0, 0.0], False),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "explained"), FLIPS.values(), ids=FLIPS)
+def test_a_flip_is_explained_only_by_a_tie_within_the_difference(ours, theirs, explained):
+    answer = _greedy_answer(side(ours), side(theirs), str, [7], [2, 2, 1, 0], [2, 2, 0, 0])
+    assert answer.agreeing == 2
+    assert answer.agrees is explained
+    assert (answer.flip.ours, answer.flip.theirs) == ("[1]", "[0]")
+    best, second = sorted(theirs)[:-3:-1]
+    assert answer.flip.margin == pytest.approx(best - second, rel=1e-4)
+
+
+@pytest.mark.parametrize(("gap", "words"), [(0.3, "within rounding"), (3.0, "a disagreement")])
+def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, gap, words):
+    flipped = _greedy_answer(side([1.0, 1.2]), side([1 + gap, 1.0]), str, [7], [1], [0])
+    answers = (flipped, *report.adapted.answers[1:])
+    with_flip = replace(report, adapted=replace(report.adapted, answers=answers))
+    text = " ".join(text_of(with_flip).split())
+    assert "adapted, answer 1: token 1 is '[1]' in JAX and '[0]' in torch" in text
+    assert f"{gap:.1e} apart" in text
+    assert words in text
+    assert with_flip.agrees is flipped.flip.explained is (words == "within rounding")

@@ -1,0 +1,113 @@
+"""Rules of the house: imports run one way, every public name is documented, CI runs the README."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import interop
+import lora_jax
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("lora_jax/**/*.py"), *ROOT.glob("interop/**/*.py")])
+CORE = (
+    ("errors", "paths", "site"),
+    ("config",),
+    ("adapter",),
+    ("variants",),
+    ("initialisers", "merging", "rewrite"),
+    ("planning", "adapting", "explanation"),
+)
+LAYER = {name: layer for layer, names in enumerate(CORE) for name in names}
+SIDE_ROOMS = ("train", "models", "data")
+ALLOWED_IN_SIDE_ROOMS = {"errors", "paths"}
+
+
+def imports(path: Path, *, module_level: bool = False) -> set[str]:
+    """Every module that a file imports, in full; only at module level if asked."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if module_level else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def room(module: str) -> str:
+    """``lora_jax.rewrite.walk`` -> ``rewrite``."""
+    return (module.split(".") + [""])[1]
+
+
+def in_package(path: Path, package: str) -> bool:
+    return path.relative_to(ROOT).parts[0] == package
+
+
+def core_imports(path: Path) -> set[str]:
+    return {room(name) for name in imports(path) if name.startswith("lora_jax.")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    own = parts[1]
+    names = imports(path)
+    if in_package(path, "lora_jax"):
+        assert not any(name.split(".")[0] == "torch" for name in names)
+        outside_cli = own != "cli"
+        assert not (outside_cli and any(name.split(".")[0] == "interop" for name in names))
+        top = imports(path, module_level=True)
+        assert not any(name.split(".")[0] == "interop" for name in top)
+    if own in SIDE_ROOMS and in_package(path, "lora_jax"):
+        assert core_imports(path) <= ALLOWED_IN_SIDE_ROOMS | {own}
+    if own in LAYER:
+        higher = {name for name in core_imports(path) if LAYER.get(name, 99) > LAYER[own]}
+        assert not higher, f"{own} imports {higher}, which stand above it"
+    assert not any(name.startswith("jax._src") for name in names)
+    assert parts[:2] == ("lora_jax", "rewrite") or not any("jax.extend" in name for name in names)
+
+
+def test_core_layers_name_every_module():
+    modules = {p.stem for p in ROOT.glob("lora_jax/*.py")} - {"__init__"}
+    assert modules == set(LAYER) - {"rewrite"}
+
+
+@pytest.mark.parametrize("name", lora_jax.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(lora_jax, name)
+    assert inspect.getdoc(value), f"lora_jax.{name} has no docstring"
+    assert not inspect.ismodule(value)
+
+
+@pytest.mark.parametrize("package", [lora_jax, interop], ids=lambda p: p.__name__)
+def test_every_module_and_public_function_is_documented(package):
+    bare = []
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        bare += [] if module.__doc__ else [info.name]
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == info.name
+            documented = not callable(value) or inspect.getdoc(value) or name.startswith("_")
+            bare += [f"{info.name}.{name}"] if own and not documented else []
+    assert not bare
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in line]
+    readme = (ROOT / "README.md").read_text()
+    assert commands
+    assert all(command in readme for command in commands)
+
+
+def test_importing_the_library_is_light():
+    code = "import lora_jax, lora_jax.cli.main, sys; print([m for m in ('jax', 'torch', 'numpy') if m in sys.modules])"
+    import subprocess
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
