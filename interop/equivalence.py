@@ -6,12 +6,13 @@ far the adapter moves the logits is measured too: two models that both ignore it
 """
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,15 @@ import numpy as np
 import lora_jax as lora
 from interop import hf, peft
 from interop.keymaps import LLAMA, Keymap
-from interop.pretrained import Pretrained
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.generate import generate, language_model
+from lora_jax.models.generate import LanguageModel, generate, language_model
 from lora_jax.site import Plan
+
+if TYPE_CHECKING:
+    from interop.pretrained import Pretrained
 
 Rows = Sequence[Sequence[int]]
 
@@ -129,7 +132,7 @@ class Report:
 
 
 def verify(
-    model: Pretrained,
+    model: "Pretrained",
     directory: str | os.PathLike,
     prompts: Rows,
     *,
@@ -163,8 +166,8 @@ def verify(
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
     stored = peft.read(directory, params, keymap=keymap)
     adapter, plan = trained or stored
-    base = _our_side(config, (params,), lambda model_fn: model_fn)
-    adapted = _our_side(config, (params, adapter), partial(lora.adapt, plan=plan))
+    base = _our_side(language_model(config), _forward(config), params)
+    adapted = _adapted_side(config, plan, (params, adapter))
     with jax.default_matmul_precision("highest"):
         progress("the adapted model answers in JAX")
         answers = adapted.answers(prompts, max_new_tokens)
@@ -208,25 +211,34 @@ class _Side(NamedTuple):
     trace: Callable[[Rows], _Trace]
 
 
-def _our_side(
-    config: DecoderConfig, parameters: tuple[Any, ...], adapt: Callable[..., Callable[..., Any]]
-) -> _Side:
-    """Our decoder, its function rewritten by ``adapt`` to take all of ``parameters``."""
-    language = language_model(config)
-    apply = adapt(language.apply)
-    forward = jax.jit(adapt(partial(_hidden_and_logits, config)))
-    language = language._replace(apply=lambda parameters, *rest: apply(*parameters, *rest))
+def _adapted_side(config: DecoderConfig, plan: Plan, both: tuple[Any, Adapter]) -> _Side:
+    def on_both(model_fn: Callable[..., Any]) -> Callable[..., Any]:
+        adapted = lora.adapt(model_fn, plan)
+        return lambda both, *rest: adapted(*both, *rest)
 
+    language = language_model(config)
+    language = language._replace(apply=on_both(language.apply))
+    return _our_side(language, jax.jit(on_both(_forward(config))), both)
+
+
+def _our_side(language: LanguageModel, forward: Callable[..., Any], parameters: Any) -> _Side:
     def answers(prompts: Rows, count: int) -> list[list[int]]:
         return generate(language, parameters, prompts, max_new_tokens=count)
 
-    return _Side(answers, lambda rows: _trimmed(rows, lambda tokens: forward(*parameters, tokens)))
+    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters)))
 
 
-def _hidden_and_logits(config: DecoderConfig, params: Any, tokens: Any) -> tuple[Any, Any]:
-    variables = {"params": params}
-    (logits, _), seen = Decoder(config).apply(variables, tokens, mutable=["intermediates"])
-    return seen["intermediates"]["layers"]["hidden"], logits
+@functools.cache
+def _forward(config: DecoderConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Hidden states of every layer and logits; the same function for equal configs."""
+
+    @jax.jit
+    def forward(params: Any, tokens: Any) -> tuple[Any, Any]:
+        variables = {"params": params}
+        (logits, _), seen = Decoder(config).apply(variables, tokens, mutable=["intermediates"])
+        return seen["intermediates"]["layers"]["hidden"], logits
+
+    return forward
 
 
 def _torch_side(model: Any, decoder: Any) -> _Side:

@@ -8,6 +8,8 @@ A stacked leaf is split into one pair of tensors per layer, and joined again::
 
 A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them,
 and ``manifest.json`` with the digest of both, which PEFT does not look at and `read` checks.
+
+Source: the format and the matching of https://github.com/huggingface/peft, release 0.21.2.
 """
 
 import math
@@ -25,7 +27,14 @@ from interop import torch_io
 from interop.files import write_text
 from interop.keymaps import Keymap, Rule, module_name
 from interop.manifest import MANIFEST, checked_base, new_or_replaced, to_json, write_manifest
-from interop.peft_config import PeftConfig, config_of, module_names, read_config
+from interop.peft_config import (
+    PeftConfig,
+    Setting,
+    adapted_modules,
+    config_of,
+    module_names,
+    read_config,
+)
 from lora_jax.adapter import Adapter, LoraPair, check
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, nearest
@@ -76,15 +85,38 @@ def write(
     Raises:
       InputError: naming every site that is not a linear layer of ``keymap`` and every one whose
         values are not finite; or the directory can't be written or holds something.
+
+    >>> import jax, tempfile
+    >>> import lora_jax as lora
+    >>> from interop.keymaps import LLAMA
+    >>> params = {"lm_head": {"kernel": jnp.ones((4, 6))}}
+    >>> config = lora.LoraConfig(rank=2, alpha=3, targets="lm_head/kernel")
+    >>> plan = lora.plan_from_axes(params, config, {".*": "in out"})
+    >>> adapter = lora.init(jax.random.key(0), params, plan)
+    >>> directory = Path(tempfile.mkdtemp()) / "adapter"
+    >>> write(directory, adapter, plan, keymap=LLAMA)
+    >>> sorted(file.name for file in directory.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'manifest.json']
+    >>> read(directory, params, keymap=LLAMA)[1]["lm_head/kernel"].scale
+    1.5
     """
     check(adapter, plan)
-    _raise_all("this adapter can't be written for PEFT", _unwritable(adapter, plan, keymap))
+    problems = (*_site_problems(plan, keymap), *_not_finite(adapter))
+    _raise_all("this adapter can't be written for PEFT", problems)
     config = config_of(plan, keymap, base_model_name, revision)
     replaceable = (*_FILES, MANIFEST) if overwrite else ()
     with new_or_replaced(Path(directory).absolute(), replaceable) as folder:
         write_text(folder / CONFIG, to_json(config))
         torch_io.write(folder / WEIGHTS, _tensors(adapter, plan, keymap))
         write_manifest(folder, _FILES, base or {})
+
+
+def require_writable(plan: Plan, *, keymap: Keymap) -> None:
+    """Raise one InputError that names every site which PEFT's linear form can't hold.
+
+    It needs no adapter: ask before training rather than after.
+    """
+    _raise_all("this plan can't be written for PEFT", _site_problems(plan, keymap))
 
 
 def read(directory: str | os.PathLike, params: Any, *, keymap: Keymap) -> tuple[Adapter, Plan]:
@@ -112,19 +144,22 @@ def read(directory: str | os.PathLike, params: Any, *, keymap: Keymap) -> tuple[
     config, tensors = read_config(directory / CONFIG), _read_tensors(directory)
     leaves = named_leaves(params)
     modules = _modules(keymap, leaves)
-    targeted = {name: module for name, module in modules.items() if config.targets(name)}
+    settings = adapted_modules(config, [*modules])
     linear = {
-        name: m for name, m in targeted.items() if m.rule.transposed and m.rule.path in leaves
+        name: modules[name]
+        for name in settings
+        if modules[name].rule.transposed and modules[name].rule.path in leaves
     }
     _raise_all(
         f"{directory} does not fit the model",
         (
-            *_target_problems(config, targeted, linear, leaves),
-            *_tensor_problems(tensors, _expected_shapes(config, linear, leaves)),
+            *_target_problems(config, settings, modules, leaves),
+            *_stack_problems(settings, linear, leaves),
+            *_tensor_problems(tensors, _expected_shapes(settings, linear, leaves)),
         ),
     )
     names = _by_leaf(linear, leaves)
-    sites = tuple(_site(path, leaves[path], names[path], config) for path in names)
+    sites = tuple(_site(path, leaves[path], settings[names[path][0]]) for path in names)
     adapter = {site.path: _joined(tensors, names[site.path], site) for site in sites}
     return adapter, Plan(sites, sum(math.prod(leaf.shape) for leaf in leaves.values()))
 
@@ -145,15 +180,19 @@ def base_of(directory: str | os.PathLike) -> dict[str, Any]:
     return checked_base(directory, _FILES) if (directory / MANIFEST).exists() else {}
 
 
-def _unwritable(adapter: Adapter, plan: Plan, keymap: Keymap) -> Iterator[str]:
+def _site_problems(plan: Plan, keymap: Keymap) -> Iterator[str]:
     if not plan.sites:
         yield "its plan has no sites"
     rules = {rule.path: rule for rule in keymap.rules}
     for site in plan.sites:
         if problem := _site_problem(site, rules):
             yield f"{site.path!r} {problem}"
-        if not all(np.isfinite(factor).all() for factor in adapter[site.path]):
-            yield f"{site.path!r} holds values that are not finite"
+
+
+def _not_finite(adapter: Adapter) -> Iterator[str]:
+    for path, pair in adapter.items():
+        if not all(np.isfinite(factor).all() for factor in pair):
+            yield f"{path!r} holds values that are not finite"
 
 
 def _site_problem(site: Site, rules: Mapping[str, Rule]) -> str | None:
@@ -219,37 +258,44 @@ def _by_leaf(modules: Mapping[str, _Module], leaves: Mapping[str, Any]) -> dict[
 
 def _target_problems(
     config: PeftConfig,
-    targeted: Mapping[str, _Module],
-    linear: Mapping[str, _Module],
+    settings: Mapping[str, Setting],
+    modules: Mapping[str, _Module],
     leaves: Mapping[str, Any],
 ) -> Iterator[str]:
-    if not targeted:
+    if not settings:
         yield f"target_modules {config.target_modules!r} name no module of it"
-    for name in targeted.keys() - linear.keys():
-        rule = targeted[name].rule
-        reason = "is not a linear layer" if rule.path in leaves else f"has no leaf {rule.path!r}"
-        yield f"target {name!r} {reason}: adapters on it are not supported yet"
+    for name in settings:
+        rule = modules[name].rule
+        if rule.path not in leaves:
+            yield f"target {name!r} has no leaf {rule.path!r} in this model"
+        elif not rule.transposed:
+            yield f"target {name!r} is not a linear layer: adapters on it are not supported yet"
+
+
+def _stack_problems(
+    settings: Mapping[str, Setting], linear: Mapping[str, _Module], leaves: Mapping[str, Any]
+) -> Iterator[str]:
     for path, names in _by_leaf(linear, leaves).items():
-        settings = {linear[name].layer: config.rank_and_scale(name) for name in names}
+        found = {linear[name].layer: _described(settings[name]) for name in names}
         layers = range(leaves[path].shape[0]) if linear[names[0]].rule.stacked else [None]
-        if len(kinds := {settings.get(layer) for layer in layers}) > 1:
-            yield f"{path!r} needs one rank and scale for all layers, but " + "; ".join(
-                _setting(kind, [layer for layer in layers if settings.get(layer) == kind])
-                for kind in sorted(kinds, key=str)
-            )
+        by_setting = defaultdict(list)
+        for layer in layers:
+            by_setting[found.get(layer, "no adapter")].append(str(layer))
+        if len(by_setting) > 1:
+            kinds = (f"{kind} in layers {', '.join(by_setting[kind])}" for kind in by_setting)
+            yield f"{path!r} needs one rank and scale for all layers, it has {'; '.join(kinds)}"
 
 
-def _setting(kind: tuple[int, float] | None, layers: list[Any]) -> str:
-    what = "no adapter" if kind is None else f"rank {kind[0]} and scale {kind[1]:g}"
-    return f"{what} in layers {', '.join(map(str, layers))}"
+def _described(setting: Setting) -> str:
+    return f"rank {setting.rank} and scale {setting.scale:g}"
 
 
 def _expected_shapes(
-    config: PeftConfig, modules: Mapping[str, _Module], leaves: Mapping[str, Any]
+    settings: Mapping[str, Setting], linear: Mapping[str, _Module], leaves: Mapping[str, Any]
 ) -> dict[str, tuple[int, int]]:
     shapes = {}
-    for name, module in modules.items():
-        rank, _ = config.rank_and_scale(name)
+    for name, module in linear.items():
+        rank = settings[name].rank
         fan_in, fan_out = leaves[module.rule.path].shape[-2:]
         key_a, key_b = _keys(name)
         shapes |= {key_a: (rank, fan_in), key_b: (fan_out, rank)}
@@ -292,11 +338,10 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
-def _site(path: str, leaf: Any, names: list[str], config: PeftConfig) -> Site:
-    rank, scale = config.rank_and_scale(names[0])
+def _site(path: str, leaf: Any, setting: Setting) -> Site:
     shape = tuple(leaf.shape)
     roles = ("stack", "in", "out")[-len(shape) :]
-    return Site(path, shape, np.dtype(leaf.dtype).name, roles, rank, scale)
+    return Site(path, shape, np.dtype(leaf.dtype).name, roles, setting.rank, setting.scale)
 
 
 def _joined(tensors: torch_io.Tensors, modules: list[str], site: Site) -> LoraPair:

@@ -1,7 +1,9 @@
 """adapter_config.json: what PEFT does with it, and how a plan is written as one."""
 
+import json
 import math
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,15 +27,45 @@ class PeftConfig(NamedTuple):
     target_modules: str | Sequence[str]
     exclude_modules: str | Sequence[str] | None
 
-    def targets(self, module: str) -> bool:
-        """Whether PEFT puts an adapter on the module of this name."""
-        return _named(self.target_modules, module) and not _named(self.exclude_modules, module)
 
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Rank, and alpha/rank or alpha/√rank, of a targeted module."""
-        rank = _first_match(self.rank_pattern, module, self.r)
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+class Setting(NamedTuple):
+    """What an adapter is on one module: its rank, and alpha/rank or alpha/√rank."""
+
+    rank: int
+    scale: float
+
+
+def adapted_modules(config: PeftConfig, modules: Sequence[str]) -> dict[str, Setting]:
+    """The modules on which PEFT puts an adapter, each with its rank and scale.
+
+    A pattern of targets matches the whole name, an item of a list its last parts; of rank and
+    alpha patterns the first in the order of the file decides.
+
+    Raises:
+      InputError: patterns that can't be matched in bounded time.
+
+    >>> config = PeftConfig(8, 16, False, None, {"k_proj": 4}, ["k_proj", "v_proj"], None)
+    >>> adapted_modules(config, ["layers.0.k_proj", "layers.0.v_proj", "layers.0.o_proj"])
+    {'layers.0.k_proj': Setting(rank=8, scale=0.5), 'layers.0.v_proj': Setting(rank=8, scale=2.0)}
+    """
+    matches = _matched(_patterns(config), modules)
+
+    def named(names: str | Sequence[str] | None, module: str) -> bool:
+        if isinstance(names, str):
+            return module in matches[names]
+        return any(f".{module}".endswith(f".{name}") for name in names or ())
+
+    def first(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        values = (patterns or {}).items()
+        return next((v for key, v in values if module in matches[_after_dot(key)]), default)
+
+    def setting(module: str) -> Setting:
+        rank = first(config.rank_pattern, module, config.r)
+        alpha = first(config.alpha_pattern, module, config.lora_alpha)
+        return Setting(rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+    targeted = (module for module in modules if named(config.target_modules, module))
+    return {m: setting(m) for m in targeted if not named(config.exclude_modules, m)}
 
 
 def read_config(path: Path) -> PeftConfig:
@@ -46,7 +78,7 @@ def read_config(path: Path) -> PeftConfig:
     raw = read_small_json(path)
     if problems := list(_problems(raw)):
         raise InputError(f"{path} can't be used: " + "; ".join(problems))
-    return PeftConfig(**{key: raw.get(key, _FIELDS[key].default) for key in PeftConfig._fields})
+    return _from(raw)
 
 
 def config_of(
@@ -180,8 +212,6 @@ _UNSUPPORTED = {
     "velora_config": "VeLoRA",
 }
 
-_MAX_REPEATS = 5
-
 
 def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     wrong = {
@@ -195,46 +225,66 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         kind = _UNSUPPORTED.get(key)
         reason = f"not supported: {kind}" if kind else "a key that is not known here"
         yield f"{key} is {raw[key]!r}, {reason}"
-    for pattern in _patterns({key: raw.get(key) for key in set(_FIELDS) - set(wrong)}):
-        if problem := _pattern_problem(pattern):
-            yield f"pattern {pattern[:80]!r} {problem}"
+    if not wrong:
+        yield from filter(None, map(_pattern_problem, _patterns(_from(raw))))
 
 
-def _patterns(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Every regular expression of the config."""
-    for key in ("rank_pattern", "alpha_pattern"):
-        yield from (f"({pattern})" for pattern in fields.get(key) or ())
-    for key in ("target_modules", "exclude_modules"):
-        yield from filter(None, [fields.get(key)] if isinstance(fields.get(key), str) else [])
+def _from(raw: Mapping[str, Any]) -> PeftConfig:
+    return PeftConfig(**{key: raw.get(key, _FIELDS[key].default) for key in PeftConfig._fields})
+
+
+def _patterns(config: PeftConfig) -> list[str]:
+    """Every regular expression of the config, such that PEFT matches whole names with it."""
+    keys = (*(config.rank_pattern or ()), *(config.alpha_pattern or ()))
+    names = (config.target_modules, config.exclude_modules)
+    return [*map(_after_dot, keys), *(name for name in names if name and isinstance(name, str))]
+
+
+def _after_dot(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _pattern_problem(pattern: str) -> str | None:
-    """Why a pattern is not run: it is no pattern, or might take time without bound."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"is not a regular expression: {error}"
-    operators = re.sub(r"\\.|\[[^\]]*\]", "", pattern)
-    if re.search(r"\)[*+{]", operators) or len(re.findall(r"[*+{]", operators)) > _MAX_REPEATS:
-        return f"repeats a group or has over {_MAX_REPEATS} repeats: list the module names instead"
+        return f"pattern {pattern[:80]!r} is not a regular expression: {error}"
     return None
 
 
-def _named(names: str | Sequence[str] | None, module: str) -> bool:
-    """PEFT's rule: a pattern matches the whole name, an item of a list its last parts."""
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in names or ())
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+json.dump([[n for n in names if re.fullmatch(p, n)] for p in patterns], sys.stdout)
+"""
+_MATCHING_SECONDS = 5
 
 
-def _first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern in the order of the file decides."""
-    matches = (
-        value
-        for pattern, value in (patterns or {}).items()
-        if re.match(rf"(.*\.)?({pattern})$", module)
-    )
-    return next(matches, default)
+def _matched(patterns: Sequence[str], names: Sequence[str]) -> dict[str, set[str]]:
+    """The names that each pattern matches whole.
+
+    Patterns come from files of strangers, and some take exponential time, which Python can't
+    interrupt from within: so they run in a process of their own.
+    """
+    if not patterns:
+        return {}
+    command = [sys.executable, "-I", "-S", "-c", _MATCH_ALL]
+    question = json.dumps([patterns, names])
+    try:
+        done = subprocess.run(
+            command,
+            input=question,
+            capture_output=True,
+            text=True,
+            timeout=_MATCHING_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"patterns that take over {_MATCHING_SECONDS} s to match: "
+            f"{', '.join(repr(pattern[:80]) for pattern in patterns)}; list the module names"
+        ) from error
+    return dict(zip(patterns, map(set, json.loads(done.stdout)), strict=True))
 
 
 def _anchored(path: str, keymap: Keymap) -> str:

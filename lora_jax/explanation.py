@@ -13,25 +13,30 @@ def explain(plan: Plan, *, width: int = 120, color: bool = False) -> str:
       width: columns of the terminal.
       color: with ANSI colours.
 
-    >>> from lora_jax.site import Site, Use
-    >>> use = Use("dot_general", "/home/me/model.py:7:11 (mlp)")
-    >>> site = Site("mlp/kernel", (30, 4, 6), "float32", ("stack", "in", "out"), 2, 1.0, uses=(use,))
-    >>> print(explain(Plan((site,), base_parameters=720), width=100))  # doctest: +SKIP
+    >>> use = Use("dot_general", "/home/me/model.py:7 (mlp)")
+    >>> site = Site("kernel", (4, 6), "float32", ("in", "out"), 2, 1.0, uses=(use,))
+    >>> print(explain(Plan((site,), base_parameters=24)))
+    leaf     shape by role   rank   scale   trainable   used by
+    ─────────────────────────────────────────────────────────────────────────
+    kernel   in:4 out:6         2       1          20   dot_general model.py:7
+    trainable params: 20 || all params: 44 || trainable%: 45.4545
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
-    for heading in ("leaf", "shape by role", "rank", "scale", "trainable", "used by", "as"):
-        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("leaf", "shape by role", "rank", "scale", "trainable", "used by"):
+        number = heading in ("rank", "scale", "trainable")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number)
     for site in plan.sites:
         table.add_row(*_row(site))
+    table.columns[0].no_wrap = True
     console = Console(width=width, force_terminal=color, no_color=not color)
     with console.capture() as capture:
         console.print(table)
-    lines = [line.rstrip() for line in capture.get().strip("\n").splitlines()]
-    return "\n".join([*lines, trainable_summary(plan)])
+    lines = [line.strip() for line in capture.get().splitlines()]
+    return "\n".join([*filter(None, lines), trainable_summary(plan)])
 
 
 def trainable_summary(plan: Plan) -> str:
@@ -48,21 +53,13 @@ def trainable_summary(plan: Plan) -> str:
     )
 
 
-_NUMBERS = ("rank", "scale", "trainable")
-
-
 def _row(site: Site) -> tuple[str, ...]:
     shape = " ".join(f"{role}:{size}" for role, size in zip(site.roles, site.shape, strict=True))
-    used_by = "\n".join(f"{use.operation} {_short(use.where)}" for use in site.uses)
-    how = "\n".join(_how(use) for use in site.uses)
-    return site.path, shape, str(site.rank), f"{site.scale:g}", f"{site.trainable:,d}", used_by, how
+    used_by = "\n".join(map(_described, site.uses))
+    return site.path, shape, str(site.rank), f"{site.scale:g}", f"{site.trainable:,d}", used_by
 
 
-def _how(use: Use) -> str:
-    return f"merged: {use.merged_because}" if use.merged_because else "low rank"
-
-
-def _short(where: str) -> str:
-    place = where.split(" ")[0]
-    name, *position = place.rsplit(":", 2)
-    return ":".join([PurePath(name).name, *position[:1]])
+def _described(use: Use) -> str:
+    place = PurePath(use.where).name.split(" ")[0]
+    merged = f", merged there: it {use.merged_because}" if use.merged_because else ""
+    return f"{use.operation} {place}{merged}"

@@ -82,6 +82,14 @@ def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None
     peft.write(directory, adapter, plan, keymap=LLAMA, base_model_name=base.name, base=about)
 
 
+def require_writable(plan: Plan) -> None:
+    """Raise one InputError naming every site that a PEFT directory can't hold."""
+    from interop import peft
+    from interop.keymaps import LLAMA
+
+    peft.require_writable(plan, keymap=LLAMA)
+
+
 def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:
     """The adapter of a PEFT directory, for this base.
 

@@ -32,9 +32,7 @@ def read(options: DataOptions) -> Rows:
     return Rows(read_rows(options.data), read_rows(options.heldout) if options.heldout else ())
 
 
-def pack(
-    options: DataOptions, rows: tuple[Row, ...], base: Base, *, epochs: int, accumulate: int | None
-) -> Sequences:
+def pack(options: DataOptions, rows: tuple[Row, ...], base: Base) -> Sequences:
     """Encode rows in the base's chat format and pack them.
 
     Raises:
@@ -47,10 +45,13 @@ def pack(
         )
     fitted = fit_rows(encode_rows(base.chat, rows), options.max_length, options.truncate)
     packed = pack_rows(fitted.rows, options.max_length, base.config.vocab_size)
-    size = options.batch_size
-    return Sequences(
-        packed, plan_batches(packed, batch_size=size, epochs=epochs, accumulate=accumulate)
+    batches = plan_batches(
+        packed,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        accumulate=options.accumulate if options.accumulate != 1 else None,
     )
+    return Sequences(packed, batches)
 
 
 def questions(rows: Rows, given: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ import lora_jax as lora
 from lora_jax.cli import runs
 from lora_jax.cli.base import Base, load_base, read_adapter
 from lora_jax.cli.merge import Options
+from lora_jax.cli.terminal import open_console
 
 
 def write_merged(options: Options) -> int:
     """Run `lora-jax merge`."""
-    console = Console(highlight=False)
+    console = open_console()
     base = load_base(runs.model_of(options.run, options.model), None, console)
     params = base.params if options.base_only else _merged(options, base, console)
     _write(options, base, params)

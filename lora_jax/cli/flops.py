@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.cli.bench_flops import Options
-from lora_jax.cli.training import adapted_loss, compile_update, logits_of_batch
+from lora_jax.cli.training import adapted_loss, logits_of_batch
 from lora_jax.data.batches import Batch
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import param_shapes
@@ -57,7 +57,7 @@ def lowered_step(config: DecoderConfig, options: Options) -> tuple[Any, Plan]:
     tx = adamw(1e-3)
     state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), params, plan), tx))
     step = make_step(adapted_loss(model_fn, plan), tx)
-    return compile_update(step, state, params, batch), plan
+    return jax.jit(step, donate_argnums=0).lower(state, params, batch).compile(), plan
 
 
 def _counted(config: DecoderConfig, options: Options) -> tuple[float, Plan]:

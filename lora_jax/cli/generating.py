@@ -2,13 +2,12 @@
 
 import sys
 
-from rich.console import Console
-
 from lora_jax.cli import runs
 from lora_jax.cli.answers import Sampling, answers
 from lora_jax.cli.base import adapted_language_model, load_base, read_adapter
 from lora_jax.cli.compilation_cache import enable_compilation_cache
 from lora_jax.cli.generate import Options
+from lora_jax.cli.terminal import open_console
 from lora_jax.errors import InputError
 from lora_jax.models.generate import language_model
 
@@ -22,7 +21,7 @@ def generate_answers(options: Options) -> int:
     prompts = options.prompts or _typed_prompts()
     if not prompts:
         raise InputError('no prompt: give --prompts "Who are you?" or type one a line')
-    console = Console(highlight=False)
+    console = open_console()
     enable_compilation_cache()
     base = load_base(model, None, console)
     adapter, plan = read_adapter(directory, base)
@@ -36,7 +35,7 @@ def generate_answers(options: Options) -> int:
         for way in WAYS[options.adapter]
     }
     for index, prompt in enumerate(prompts):
-        console.print(f"[bold]{'> '}[/bold]", prompt, sep="", markup=True)
+        console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
         for way, texts in said.items():
             label = f"{way} adapter: " if len(said) > 1 else ""
             console.print(f"{label}{texts[index]}", markup=False, soft_wrap=True)

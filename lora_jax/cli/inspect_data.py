@@ -21,15 +21,14 @@ class Options:
 
 def run(options: Options) -> int:
     """Print the rows."""
-    from rich.console import Console
-
     from lora_jax.data.formats import read_rows
 
     rows = read_rows(options.data)
     from lora_jax.cli.base import load_base
+    from lora_jax.cli.terminal import open_console
     from lora_jax.data.preview import preview
 
-    console = Console(highlight=False)
+    console = open_console()
     chat = load_base(options.model, None, console).chat
     colour = console.color_system is not None
     console.print(preview(rows, chat, options.rows, colour=colour), soft_wrap=True)

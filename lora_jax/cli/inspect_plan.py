@@ -17,15 +17,15 @@ def run(options: Options) -> int:
     """Print the plan, and the leaves that stay frozen."""
     import jax
     import jax.numpy as jnp
-    from rich.console import Console
 
     import lora_jax as lora
     from lora_jax.cli.base import load_base
+    from lora_jax.cli.terminal import open_console
     from lora_jax.cli.training import lora_config
     from lora_jax.models.decoder import Decoder
     from lora_jax.paths import named_leaves
 
-    console = Console(highlight=False)
+    console = open_console()
     base = load_base(options.model.model, options.model.dtype, console)
     decoder = Decoder(base.config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)

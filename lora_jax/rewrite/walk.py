@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-from jax.extend.source_info_util import summarize
 
 from lora_jax.paths import named_leaves
 from lora_jax.rewrite.control import CONTROL
 from lora_jax.rewrite.products import PRODUCTS, Meeting
+from lora_jax.rewrite.source import where
 from lora_jax.rewrite.views import VIEWS
 from lora_jax.rewrite.weight import NotLowRank, Weight, effective_value
 
@@ -74,9 +74,9 @@ class Walk:
     def note(self, weight: Weight, eqn: JaxprEqn, **seen: Any) -> None:
         """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
         key = weight.site.path, id(eqn)
-        where, operation = summarize(eqn.source_info), eqn.primitive.name
+        operation = eqn.primitive.name
         present = frozenset().union(*(axis.base for axis in weight.axes))
-        self.notes[key] = Note(weight.site.path, operation, where, present, **seen)
+        self.notes[key] = Note(weight.site.path, operation, where(eqn), present, **seen)
 
     def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))

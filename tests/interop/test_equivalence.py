@@ -1,5 +1,6 @@
 """The verifier: it passes a true pair, and says why it does not pass a false one."""
 
+import io
 from dataclasses import replace
 
 import jax
@@ -46,15 +47,21 @@ def directory(pair, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(model, directory):
-    return verify(model, directory, PROMPTS, max_new_tokens=8, criteria=CRITERIA)
+def stages():
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(model, directory, stages):
+    return verify(
+        model, directory, PROMPTS, max_new_tokens=8, criteria=CRITERIA, progress=stages.append
+    )
 
 
 def text_of(report):
-    console = Console(width=120, record=True, file=None)
-    with console.capture():
-        console.print(render(report))
-    return console.export_text()
+    console = Console(width=120, file=io.StringIO())
+    console.print(render(report))
+    return console.file.getvalue()
 
 
 def test_a_true_pair_is_verified(report):
@@ -104,11 +111,12 @@ def test_a_corrupted_tensor_and_too_little_evidence_are_named(model, directory, 
     tensors = {n: np.array(t) for n, t in torch_io.read(damaged / peft.WEIGHTS).items()}
     tensors[O_B] *= -1
     torch_io.write(damaged / peft.WEIGHTS, tensors)
-    report = verify(model, damaged, PROMPTS[:2], trained=pair, max_new_tokens=4)
+    criteria = Criteria(min_prompts=6)
+    report = verify(model, damaged, PROMPTS, trained=pair, max_new_tokens=8, criteria=criteria)
     assert report.adapted.layers[0].relative < 1e-5 < 1e-2 < report.adapted.layers[1].relative
     assert any("adapted model: logits differ" in reason for reason in report.reasons)
-    assert any("20 positions were compared, fewer than 256" in r for r in report.reasons)
-    assert any("2 prompts were answered, fewer than 5" in r for r in report.reasons)
+    assert any("63 positions were compared, fewer than 256" in r for r in report.reasons)
+    assert any("5 prompts were answered, fewer than 6" in r for r in report.reasons)
 
 
 def test_an_adapter_that_does_nothing_is_not_verified(model, pair, tmp_path):
@@ -121,9 +129,7 @@ def test_an_adapter_that_does_nothing_is_not_verified(model, pair, tmp_path):
     assert "changes no logit" in reason
 
 
-def test_progress_names_every_stage(model, directory):
-    stages = []
-    verify(model, directory, [[1, 2]], max_new_tokens=1, progress=stages.append)
+def test_progress_names_every_stage(report, stages):
     assert len(stages) == len(set(stages)) == 7
 
 
@@ -153,16 +159,18 @@ def test_a_flip_is_explained_only_by_a_tie_within_the_difference(ours, theirs, e
     assert answer.agrees is explained
     assert (answer.flip.ours, answer.flip.theirs) == ("[1]", "[0]")
     best, second = sorted(theirs)[:-3:-1]
-    assert answer.flip.margin == pytest.approx(best - second, rel=1e-4)
+    assert answer.flip.margin == pytest.approx(best - second, rel=1e-3)
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0.3, "within rounding"), (3.0, "a disagreement")])
-def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, gap, words):
-    flipped = _greedy_answer(side([1.0, 1.2]), side([1 + gap, 1.0]), str, [7], [1], [0])
+@pytest.mark.parametrize(
+    ("ours", "words"), [([1.0, 1.2], "a tie within rounding"), ([1.2, 1.0], "a disagreement")]
+)
+def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, ours, words):
+    flipped = _greedy_answer(side(ours), side([1.125, 1.0]), str, [7], [1], [0])
     answers = (flipped, *report.adapted.answers[1:])
     with_flip = replace(report, adapted=replace(report.adapted, answers=answers))
     text = " ".join(text_of(with_flip).split())
     assert "adapted, answer 1: token 1 is '[1]' in JAX and '[0]' in torch" in text
-    assert f"{gap:.1e} apart" in text
+    assert "1.2e-01 apart" in text
     assert words in text
-    assert with_flip.agrees is flipped.flip.explained is (words == "within rounding")
+    assert with_flip.agrees is flipped.agrees is (words == "a tie within rounding")
