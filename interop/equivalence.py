@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,15 @@ import numpy as np
 
 import lora_jax as lora
 from interop import hf, peft
+from interop.equivalence_report import (
+    STANDARD,
+    Comparison,
+    Criteria,
+    Flip,
+    GreedyAnswer,
+    LayerDifference,
+    Report,
+)
 from interop.keymaps import LLAMA, Keymap
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
@@ -34,103 +42,6 @@ if TYPE_CHECKING:
 Rows = Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
-class Criteria:
-    """What has to hold for the two sides to count as the same function.
-
-    Args:
-      max_logit_difference: largest |ours - torch's| over all logits, base and adapted.
-      min_effect: least value of the largest |adapted - base| over all logits.
-      min_positions: tokens compared, all rows together.
-      min_prompts: prompts answered.
-    """
-
-    max_logit_difference: float = 1e-3
-    min_effect: float = 1.0
-    min_positions: int = 256
-    min_prompts: int = 5
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """One layer's output, (positions, hidden), ours against torch's.
-
-    ``max_abs`` is the largest |ours - torch's|, ``relative`` is ‖ours - torch's‖ / ‖torch's‖
-    over all positions, ``cosine`` the smallest cosine similarity of any position.
-    """
-
-    layer: int
-    max_abs: float
-    relative: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Flip:
-    """The first token in which two greedy answers differ.
-
-    ``margin`` is by how much torch's best logit exceeds its second best there, ``difference``
-    the largest |ours - torch's| over the logits of this position.
-    """
-
-    ours: str
-    theirs: str
-    margin: float
-    difference: float
-    explained: bool
-    """The two tokens are torch's two best, and ``margin`` is at most ``difference``."""
-
-
-@dataclass(frozen=True)
-class GreedyAnswer:
-    """One prompt, continued by both sides with the most likely token each time."""
-
-    prompt: str
-    answer: str
-    tokens: int
-    agreeing: int
-    """Tokens before the first that differs; the comparison stops there."""
-    flip: Flip | None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all tokens are the same, or the first other one is explained by rounding."""
-        return self.flip is None or self.flip.explained
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Ours against torch's, for the base or for the adapted model."""
-
-    layers: tuple[LayerDifference, ...]
-    max_logit_difference: float
-    mean_logit_difference: float
-    answers: tuple[GreedyAnswer, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that `verify` measured."""
-
-    base: Comparison
-    adapted: Comparison
-    effect: float
-    """Largest |adapted - base| over all logits of the torch side."""
-    positions: int
-    peft_warnings: tuple[str, ...]
-    criteria: Criteria
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Every criterion that does not hold, in words."""
-        return tuple(_reasons(self))
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every criterion holds."""
-        return not self.reasons
-
-
 def verify(
     model: "Pretrained",
     directory: str | os.PathLike,
@@ -138,7 +49,7 @@ def verify(
     *,
     trained: tuple[Adapter, Plan] | None = None,
     max_new_tokens: int = 64,
-    criteria: Criteria = Criteria(),
+    criteria: Criteria = STANDARD,
     keymap: Keymap = LLAMA,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
@@ -190,7 +101,7 @@ class _Task(NamedTuple):
     prompts: Rows
     continuations: Rows
     max_new_tokens: int
-    decode: Callable[[Any], str]
+    decode: Callable[..., str]
     progress: Callable[[str], None]
 
     @property
@@ -344,52 +255,39 @@ def _max_abs(values: np.ndarray) -> float:
 def _greedy_answer(
     our_side: _Side,
     their_side: _Side,
-    decode: Callable[[Any], str],
+    decode: Callable[..., str],
     prompt: Sequence[int],
     ours: Sequence[int],
     theirs: Sequence[int],
 ) -> GreedyAnswer:
     pairs = zip(ours, theirs, strict=True)
     agreeing = next((index for index, (our, their) in enumerate(pairs) if our != their), None)
-    answer = GreedyAnswer(decode([*prompt]), decode([*ours]), len(ours), len(ours), None)
+    texts = decode([*prompt]), decode([*ours])
     if agreeing is None:
-        return answer
+        return GreedyAnswer(*texts, tokens=len(ours), agreeing=len(ours), flip=None)
     prefix = [*prompt, *ours[:agreeing]]
-    our_logits, their_logits = (side.trace([prefix]).logits[-1] for side in (our_side, their_side))
-    second, best = np.sort(their_logits)[-2:]
-    margin, difference = float(best - second), _max_abs(our_logits - their_logits)
-    candidates = {ours[agreeing], theirs[agreeing]} == {*np.argsort(their_logits)[-2:].tolist()}
-    tokens = decode([ours[agreeing]]), decode([theirs[agreeing]])
-    flip = Flip(*tokens, margin, difference, explained=candidates and margin <= difference)
-    return dataclasses.replace(answer, agreeing=agreeing, flip=flip)
+    our_logits, their_logits = (s.trace([prefix]).logits[-1] for s in (our_side, their_side))
+    flip = _flip(ours[agreeing], theirs[agreeing], our_logits, their_logits, decode)
+    return GreedyAnswer(*texts, tokens=len(ours), agreeing=agreeing, flip=flip)
 
 
-def _reasons(report: Report) -> Iterator[str]:
-    criteria = report.criteria
-    if report.positions < criteria.min_positions:
-        yield f"{report.positions} positions were compared, fewer than {criteria.min_positions}"
-    if (prompts := len(report.base.answers)) < criteria.min_prompts:
-        yield f"{prompts} prompts were answered, fewer than {criteria.min_prompts}"
-    yield from _comparison_reasons("base", report.base, criteria)
-    yield from _comparison_reasons("adapted model", report.adapted, criteria)
-    if not report.effect > criteria.min_effect:
-        yield (
-            f"the adapter changes no logit by more than {report.effect:.2g}, which is not above "
-            f"{criteria.min_effect:g}: agreement with torch says little"
-        )
-    yield from (f"PEFT warned: {message}" for message in report.peft_warnings)
-
-
-def _comparison_reasons(name: str, comparison: Comparison, criteria: Criteria) -> Iterator[str]:
-    difference, limit = comparison.max_logit_difference, criteria.max_logit_difference
-    if not difference <= limit:
-        yield f"{name}: logits differ from torch's by {difference:.2g}, more than {limit:g}"
-    for number, answer in enumerate(comparison.answers, start=1):
-        if (flip := answer.flip) and not flip.explained:
-            yield (
-                f"{name}: answer {number} differs at token {answer.agreeing + 1}: {flip.ours!r} "
-                f"here, {flip.theirs!r} in torch, whose two best logits are {flip.margin:.2g} apart"
-            )
+def _flip(
+    our_token: int,
+    their_token: int,
+    our_logits: np.ndarray,
+    their_logits: np.ndarray,
+    decode: Callable[..., str],
+) -> Flip:
+    second, best = np.argsort(their_logits)[-2:].tolist()
+    margin = float(their_logits[best] - their_logits[second])
+    difference = _max_abs(our_logits - their_logits)
+    return Flip(
+        ours=decode([our_token], skip_special_tokens=False),
+        theirs=decode([their_token], skip_special_tokens=False),
+        margin=margin,
+        difference=difference,
+        explained={our_token, their_token} == {best, second} and margin <= difference,
+    )
 
 
 def _require_vocabulary(prompts: Rows, size: int) -> None:

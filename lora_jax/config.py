@@ -44,7 +44,7 @@ class LoraConfig:
     Raises:
       InputError: naming every value that is out of range or not a regular expression.
 
-    >>> config = LoraConfig(rank=16, alpha=32, targets=(Rule(".*k_proj/.*", rank=4), ".*proj/kernel"))
+    >>> config = LoraConfig(rank=16, alpha=32, targets=(Rule(".*k_proj.*", rank=4), ".*proj.*"))
     >>> config.rule_for("layers/k_proj/kernel").rank, config.rule_for("norm/scale")
     (4, None)
     """

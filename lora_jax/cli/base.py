@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from tokenizers import Tokenizer
 
 import lora_jax as lora
 from lora_jax.data.chat import ChatFormat
@@ -40,6 +41,11 @@ class Base(NamedTuple):
     chat: ChatFormat
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer alone."""
+        return self.chat.tokenizer
 
 
 def load_base(model: str, dtype: str | None, console: Console) -> Base:

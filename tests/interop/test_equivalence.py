@@ -13,7 +13,7 @@ from interop import peft, pretrained, torch_io
 from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
 from interop.keymaps import LLAMA
 from interop.manifest import MANIFEST
-from lora_jax.cli.verify import render
+from lora_jax.cli.verify_report import render
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15]]
 CRITERIA = Criteria(max_logit_difference=1e-5, min_effect=1.0, min_positions=50)
@@ -144,6 +144,10 @@ def side(logits):
     return _Side(lambda prompts, count: [], lambda rows: trace)
 
 
+def spelled(tokens, **_):
+    return str(tokens)
+
+
 FLIPS = {
     "margin below the difference": ([1.0, 1.0005, 0.0], [1.0004, 1.0, 0.0], True),
     "margin above the difference": ([1.3, 1.2, 0.0], [1.4, 1.0, 0.0], False),
@@ -154,7 +158,7 @@ FLIPS = {
 
 @pytest.mark.parametrize(("ours", "theirs", "explained"), FLIPS.values(), ids=FLIPS)
 def test_a_flip_is_explained_only_by_a_tie_within_the_difference(ours, theirs, explained):
-    answer = _greedy_answer(side(ours), side(theirs), str, [7], [2, 2, 1, 0], [2, 2, 0, 0])
+    answer = _greedy_answer(side(ours), side(theirs), spelled, [7], [2, 2, 1, 0], [2, 2, 0, 0])
     assert answer.agreeing == 2
     assert answer.agrees is explained
     assert (answer.flip.ours, answer.flip.theirs) == ("[1]", "[0]")
@@ -166,7 +170,7 @@ def test_a_flip_is_explained_only_by_a_tie_within_the_difference(ours, theirs, e
     ("ours", "words"), [([1.0, 1.2], "a tie within rounding"), ([1.2, 1.0], "a disagreement")]
 )
 def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, ours, words):
-    flipped = _greedy_answer(side(ours), side([1.125, 1.0]), str, [7], [1], [0])
+    flipped = _greedy_answer(side(ours), side([1.125, 1.0]), spelled, [7], [1], [0])
     answers = (flipped, *report.adapted.answers[1:])
     with_flip = replace(report, adapted=replace(report.adapted, answers=answers))
     text = " ".join(text_of(with_flip).split())
