@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -15,16 +15,17 @@ import lora_jax as lora
 from lora_jax.cli import datasets, runs
 from lora_jax.cli.answers import answers
 from lora_jax.cli.base import (
-    Base,
     adapted_language_model,
     load_base,
     require_writable,
     write_adapter,
 )
+from lora_jax.cli.baseline import judge_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
 from lora_jax.cli.options import LoraOptions, OptimOptions
 from lora_jax.cli.parsing import as_yaml
 from lora_jax.cli.progress import TrainingProgress
+from lora_jax.cli.tasks import Judgement, LossFn, Task
 from lora_jax.cli.terminal import open_console
 from lora_jax.cli.train import Options
 from lora_jax.data.batches import Batch, eval_batches, train_batches
@@ -40,25 +41,6 @@ from lora_jax.train.step import TrainState, init_state, make_eval_step, make_ste
 INTERRUPTED = 130
 
 ModelFn = Callable[[Any, Batch], jax.Array]
-LossFn = Callable[[Any, Any, Batch], LossSum]
-
-
-class Task(NamedTuple):
-    """What is trained, on what: everything that is decided before anything is written."""
-
-    base: Base
-    rows: datasets.Sequences
-    heldout: datasets.Sequences | None
-    questions: tuple[str, ...]
-    plan: Plan
-    loss_fn: LossFn
-
-
-class Judgement(NamedTuple):
-    """How good an adapter is: its answers, and its loss on held-out rows if there are any."""
-
-    answers: list[str]
-    loss: float | None
 
 
 def train(options: Options) -> int:
@@ -70,7 +52,7 @@ def train(options: Options) -> int:
     judge = judge_of(task, options.max_new_tokens)
     adapter = lora.init(jax.random.key(options.data.seed), task.base.params, task.plan)
     with console.status("answering and evaluating before training"):
-        before = judge(adapter)
+        before = judge_base(task, options.max_new_tokens, lambda: judge(adapter))
 
     steps = task.rows.batches.steps
     schedule = schedule_of(options.optim, steps)
