@@ -1,8 +1,11 @@
 """Options shared by the commands, as frozen dataclasses."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from lora_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,29 @@ class OptimOptions:
     """Decoupled, as in torch's AdamW."""
     clip_norm: float = 1.0
     """Largest global norm of the adapter's gradient."""
+
+
+_RANGES = {
+    "learning_rate": (0.0, math.inf),
+    "warmup": (0.0, 1.0),
+    "final_lr": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "clip_norm": (1e-12, math.inf),
+}
+
+
+def require_ranges(options: OptimOptions) -> None:
+    """Raise one InputError naming every number that is out of its range.
+
+    >>> require_ranges(OptimOptions(warmup=10))
+    Traceback (most recent call last):
+    ...
+    lora_jax.errors.InputError: warmup is 10, expected between 0 and 1
+    """
+    wrong = [
+        f"{name} is {value:g}, expected between {low:g} and {high:g}"
+        for name, (low, high) in _RANGES.items()
+        if not low <= (value := getattr(options, name)) <= high or math.isinf(value)
+    ]
+    if wrong:
+        raise InputError("; ".join(wrong))

@@ -22,7 +22,7 @@ from lora_jax.cli.base import (
 )
 from lora_jax.cli.baseline import judge_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
-from lora_jax.cli.options import LoraOptions, OptimOptions
+from lora_jax.cli.options import LoraOptions, OptimOptions, require_ranges
 from lora_jax.cli.parsing import as_yaml
 from lora_jax.cli.progress import TrainingProgress
 from lora_jax.cli.tasks import Judgement, LossFn, Task
@@ -49,6 +49,7 @@ def train(options: Options) -> int:
     console = open_console()
     enable_compilation_cache()
     task = prepare(options, console)
+    batches = train_batches(*task.rows, seed=options.data.seed)
     judge = judge_of(task, options.max_new_tokens)
     adapter = lora.init(jax.random.key(options.data.seed), task.base.params, task.plan)
     with console.status("answering and evaluating before training"):
@@ -72,7 +73,6 @@ def train(options: Options) -> int:
             append_metrics(options.out / runs.METRICS, **report._asdict(), learning_rate=rate)
             progress.show(report)
 
-        batches = train_batches(*task.rows, seed=options.data.seed)
         with stop_on_interrupt() as stop:
             state = fit(update, state, task.base.params, batches, observe, should_stop=stop)
 
@@ -91,6 +91,7 @@ def train(options: Options) -> int:
 
 def prepare(options: Options, console: Console) -> Task:
     """Read, load and plan everything, so that whatever is wrong is found before it costs time."""
+    require_ranges(options.optim)
     rows = datasets.read(options.data)
     base = load_base(options.model.model, options.model.dtype, console)
     console.print(f"model     {base.name} ({base.source})", soft_wrap=True)

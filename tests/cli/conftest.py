@@ -1,7 +1,9 @@
 import pytest
-from chat_rows import ROWS, write_rows
 
 from lora_jax.cli.main import main
+
+from chat_rows import ROWS, write_rows
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory):

@@ -6,9 +6,10 @@ import os
 import gguf
 import numpy as np
 import pytest
-from chat_rows import write_rows
 
 from lora_jax.cli.main import main
+
+from chat_rows import write_rows
 
 
 def row(role="assistant", **more):
@@ -66,10 +67,17 @@ CASES = {
     "longer than the model": (["--max-length", "4096"], None, ["512 positions", "--max-length"]),
     "no such target": (
         ["--targets", ".*q_porj/kernel"], None, ["q_porj", "layers/self_attn/q_proj/kernel"]),
-    "unknown config key": (["--config", "config.yaml"], config_with_typo, ["lora.rnak", "lora.rank"]),
+    "unknown config key": (
+        ["--config", "config.yaml"], config_with_typo, ["lora.rnak", "lora.rank"],
+    ),
     "directory of another run": ([], earlier_run, ["out already holds something", "--out"]),
     "no permission to write": (["--out", "/proc/run"], None, ["can't write to /proc"]),
     "rank of zero": (["--rank", "0"], None, ["at least 1, got 0"]),
+    "rates out of range": (
+        ["--warmup", "10", "--clip-norm", "-1"], None, ["warmup is 10", "clip_norm is -1"]),
+    "negative seed": (["--seed", "-1"], None, ["seed is -1"]),
+    "target that PEFT can't hold": (
+        ["--targets", "embed_tokens/.*"], None, ["'embed_tokens/embedding' is not the weight of"]),
     "no epochs": (["--epochs", "0"], None, ["epochs is 0"]),
 }  # fmt: skip
 

@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 import yaml
-from chat_rows import write_rows
 
 from lora_jax.cli.main import COMMANDS, main
+
+from chat_rows import write_rows
 
 
 def test_run_directory_holds_what_a_person_looks_for(trained):
@@ -148,7 +149,7 @@ def test_interrupt_keeps_what_was_learned(tmp_path):
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs"]
     words += ["1000000", "--max-length", "64", "--batch-size", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lora_jax.cli.main import main; raise SystemExit(main())", *words],
+        [sys.executable, "-m", "lora_jax.cli.main", *words],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ,

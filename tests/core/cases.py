@@ -166,7 +166,7 @@ CASES = [
     Case("scan_const", _scan_const, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("scan_of_rows", _scan_of_rows, {"w": (4, 5)}, (2, 4), {"w": "in out"}, ("w",)),
     Case("scan_of_branches", _in_branch_of_scan, {"w": (3, 4, 4)}, (2, 4), {"w": "stack out in"}),
-    Case("fori_dynamic_index", _fori_dynamic_index, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
+    Case("fori_index", _fori_dynamic_index, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
     Case("indexed_layers", _indexed_layers, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
     Case("while", _while, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("cond", _cond, {"w": (4, 4)}, (2, 4), {"w": "in out"}),

@@ -18,7 +18,7 @@ ROWS, LENGTH = 2, 24
 
 @pytest.fixture(autouse=True)
 def _float64():
-    yield
+    """Here float32, whatever the other tests of the core use."""
 
 
 def compiled_step(mode, config=TINY):

@@ -130,12 +130,9 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize(("values", "text"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_bad_configs(values, text):
-    with pytest.raises(InputError, match="."):
+    with pytest.raises(InputError) as error:
         LoraConfig(**values)
-    try:
-        LoraConfig(**values)
-    except InputError as error:
-        assert text in str(error)
+    assert text in str(error.value)
 
 
 def test_contradicting_uses_are_refused():
@@ -143,7 +140,7 @@ def test_contradicting_uses_are_refused():
         heads = jnp.einsum("bd,dhk->bhk", x, params["w"])
         return heads.sum() + jnp.einsum("bdh,dhk->bk", jnp.ones((2, 4, 2)), params["w"])
 
-    with pytest.raises(InputError, match="has roles in out out, but .* contracts other axes"):
+    with pytest.raises(InputError, match=r"has roles in out out, but .* contracts other axes"):
         lora.plan(contradicting, {"w": jnp.ones((4, 2, 3))}, X, config=LoraConfig(1, targets="w"))
 
 
@@ -153,7 +150,7 @@ def test_strict_refuses_local_merges():
 
     config = LoraConfig(rank=1, targets="w")
     assert lora.plan(normed, {"w": jnp.ones((4, 4))}, X, config=config)["w"].uses
-    with pytest.raises(InputError, match="is merged at .*test_planning.py"):
+    with pytest.raises(InputError, match=r"is merged at .*test_planning.py"):
         lora.plan(normed, {"w": jnp.ones((4, 4))}, X, config=config, strict=True)
 
 

@@ -1,12 +1,13 @@
 """Every case has every property: the matrix that says what `adapt` is."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax as lora
+
+import cases
 
 pytestmark = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 

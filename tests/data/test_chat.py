@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
-import templates
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.data.chat import ChatFormat, encode_chat, encode_rows, render
 from lora_jax.data.formats import Row
 from lora_jax.errors import InputError
+
+import templates
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:

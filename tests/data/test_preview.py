@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-import templates
 from rich.console import Console
 
 from lora_jax.data.chat import ChatFormat, Encoded, encode_rows
 from lora_jax.data.formats import Row
 from lora_jax.data.preview import TRAINED_STYLE, preview, summary
+
+import templates
 
 ROWS = [
     Row(

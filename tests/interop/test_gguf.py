@@ -10,6 +10,14 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
+
+from interop import gguf, hf
+from interop.gguf_file import open_gguf
+from interop.keymaps import LLAMA, flatten, to_torch
+from lora_jax.errors import InputError
+from lora_jax.models.presets import SMOLLM2_135M
+
 from small_models import (
     BLOCKS,
     SMALL,
@@ -21,13 +29,6 @@ from small_models import (
     to_neighbours,
     write_gguf,
 )
-from transformers import AutoModelForCausalLM
-
-from interop import gguf, hf
-from interop.gguf_file import open_gguf
-from interop.keymaps import LLAMA, flatten, to_torch
-from lora_jax.errors import InputError
-from lora_jax.models.presets import SMOLLM2_135M
 
 QUANTISED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 K_QUANTS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import regex
-from small_models import SMALL, random_params, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -15,6 +14,8 @@ from interop import gguf
 from interop.gguf_file import open_gguf
 from interop.gguf_tokenizer import PRESETS, chat_tokenizer
 from lora_jax.errors import InputError
+
+from small_models import SMALL, random_params, write_gguf
 
 TEXTS = [
     "",

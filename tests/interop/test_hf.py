@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_models import SMALL, VARIANTS, decoder_logits, random_params
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from interop import hf
@@ -14,6 +13,8 @@ from interop.hf_config import read_config, to_attributes
 from interop.keymaps import LLAMA, flatten, to_torch
 from interop.tokenizer import byte_tokenizer, read_tokenizer
 from lora_jax.errors import InputError
+
+from small_models import SMALL, VARIANTS, decoder_logits, random_params
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 24))
 TEXTS = [

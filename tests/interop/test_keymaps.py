@@ -7,7 +7,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from small_models import SMALL, VARIANTS, random_params
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from interop.hf_config import to_attributes
@@ -23,6 +22,8 @@ from interop.keymaps import (
 )
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import param_shapes
+
+from small_models import SMALL, VARIANTS, random_params
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 

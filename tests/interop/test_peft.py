@@ -12,6 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+
+import lora_jax as lora
+from interop import peft
+from interop.keymaps import LLAMA, Keymap, Rule, module_name
+from interop.manifest import MANIFEST
+from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from interop.peft_config import PeftConfig, adapted_modules, config_of, module_names
+from lora_jax.models.decoder import param_shapes
+from lora_jax.site import Plan, Site
+
 from peft_cases import (
     DECODER,
     PROJECTIONS,
@@ -25,15 +35,6 @@ from peft_cases import (
     torch_logits,
     trained,
 )
-
-import lora_jax as lora
-from interop import peft
-from interop.keymaps import LLAMA, Keymap, Rule, module_name
-from interop.manifest import MANIFEST
-from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from interop.peft_config import PeftConfig, adapted_modules, config_of, module_names
-from lora_jax.models.decoder import param_shapes
-from lora_jax.site import Plan, Site
 
 
 @pytest.fixture(scope="module")

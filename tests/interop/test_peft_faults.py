@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import lora_jax as lora
+from interop import peft
+from interop.keymaps import LLAMA
+from interop.manifest import MANIFEST
+from interop.peft import CONFIG, WEIGHTS
+from lora_jax.site import Plan, Site
+
 from peft_cases import (
     PROJECTIONS,
     Q_A,
@@ -19,13 +27,6 @@ from peft_cases import (
     save_with_peft,
     trained,
 )
-
-import lora_jax as lora
-from interop import peft
-from interop.keymaps import LLAMA
-from interop.manifest import MANIFEST
-from interop.peft import CONFIG, WEIGHTS
-from lora_jax.site import Plan, Site
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,14 @@ import jinja2
 import numpy as np
 import pytest
 from rich.console import Console
-from small_models import SMALL, decoder_logits, random_params, write_gguf
 
 from interop import hf, pretrained, wheel
 from interop.keymaps import flatten
 from interop.tokenizer import byte_tokenizer
 from lora_jax.errors import InputError
 from lora_jax.models.presets import SMOLLM2_135M, TINY
+
+from small_models import SMALL, decoder_logits, random_params, write_gguf
 
 QUIET = Console(quiet=True)
 

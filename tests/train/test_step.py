@@ -64,9 +64,7 @@ def test_update_equals_torch_adamw_with_clipping():
         state, metrics = step(state, BASE, data)
         optimizer.zero_grad()
         logits = torch.tensor(data[0]) @ (torch.tensor(np.asarray(BASE)) + w)
-        each = torch.nn.functional.cross_entropy(
-            logits, torch.tensor(data[1]), reduction="none"
-        )
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(data[1]), reduction="none")
         loss = (each * torch.tensor(data[2])).sum() / data[2].sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([w], 0.05)
