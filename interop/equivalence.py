@@ -11,11 +11,12 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
 import lora_jax as lora
 from interop import hf, peft
@@ -36,14 +37,22 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.generate import LanguageModel, generate, language_model
 from lora_jax.site import Plan
 
-if TYPE_CHECKING:
-    from interop.pretrained import Pretrained
-
 Rows = Sequence[Sequence[int]]
 
 
+class Model(Protocol):
+    """What is compared: an `interop.pretrained.Pretrained`, or anything with these."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
 def verify(
-    model: "Pretrained",
+    model: Model,
     directory: str | os.PathLike,
     prompts: Rows,
     *,

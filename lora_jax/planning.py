@@ -145,7 +145,7 @@ def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
 
 def _pair_shapes(site: Site) -> LoraPair:
     shapes = site.a_shape, site.b_shape
-    return LoraPair(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    return LoraPair._make(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
 def _with_roles(
@@ -171,10 +171,12 @@ def _roles(site: Site, notes: list[Note], config: LoraConfig) -> tuple[Role, ...
             f"of shape {site.shape} is never contracted with an activation, so its axes have no "
             "roles: drop the target, or declare axes=((pattern, 'in out'),)"
         )
-    return tuple(
-        "in" if axis in inputs else "out" if axis in outputs else "stack"
-        for axis in range(len(site.shape))
-    )
+    roles: tuple[Role, ...] = tuple(_role(axis, inputs, outputs) for axis in range(len(site.shape)))
+    return roles
+
+
+def _role(axis: int, inputs: frozenset[int], outputs: frozenset[int]) -> Role:
+    return "in" if axis in inputs else "out" if axis in outputs else "stack"
 
 
 def _in_and_out(notes: list[Note]) -> tuple[frozenset[int], frozenset[int]]:
@@ -183,7 +185,10 @@ def _in_and_out(notes: list[Note]) -> tuple[frozenset[int], frozenset[int]]:
         if note.meeting and not note.meeting.contracted & note.meeting.free:
             return note.meeting.contracted, note.meeting.free
     axes = sorted(notes[0].present)
-    return (frozenset(axes[:1]), frozenset(axes[1:])) if len(axes) == 2 else (frozenset(),) * 2
+    return (frozenset(axes[:1]), frozenset(axes[1:])) if len(axes) == 2 else (_NONE, _NONE)
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 def _rank_problems(sites: list[Site]) -> list[str]:

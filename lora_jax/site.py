@@ -28,7 +28,7 @@ class Site:
     (contracted with the input) or ``out``. A has shape ``(*stack, *in, rank)`` and B has
     shape ``(*stack, rank, *out)``.
 
-    >>> site = Site("layers/q_proj/kernel", (30, 576, 192), "float32", ("stack", "in", "out"), 16, 2.0)
+    >>> site = Site("q_proj/kernel", (30, 576, 192), "float32", ("stack", "in", "out"), 16, 2.0)
     >>> site.a_shape, site.b_shape
     ((30, 576, 16), (30, 16, 192))
     """

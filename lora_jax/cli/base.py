@@ -73,7 +73,7 @@ def digest(params: Any) -> str:
     It tells bases apart; it is no protection against somebody who forges one.
     """
     lines = (
-        f"{path} {leaf.shape} {leaf.dtype} {zlib.crc32(np.ascontiguousarray(leaf)):08x}"
+        f"{path} {leaf.shape} {leaf.dtype} {zlib.crc32(np.ascontiguousarray(leaf).data):08x}"
         for path, leaf in sorted(named_leaves(params).items())
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

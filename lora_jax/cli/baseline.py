@@ -43,7 +43,7 @@ def _fingerprint(task: Task, max_new_tokens: int) -> str:
         task.base.chat.template,
         task.questions,
         max_new_tokens,
-        [hashlib.sha256(np.ascontiguousarray(leaf)).hexdigest() for leaf in heldout],
+        [hashlib.sha256(np.ascontiguousarray(leaf).data).hexdigest() for leaf in heldout],
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

@@ -68,4 +68,5 @@ def _counted(config: DecoderConfig, options: Options) -> tuple[float, Plan]:
 def _batch_shapes(options: Options) -> Batch:
     grid = jax.ShapeDtypeStruct((options.batch_size, options.length), jnp.int32)
     row = jax.ShapeDtypeStruct((options.predictions,), jnp.int32)
-    return Batch(grid, grid, grid, row, row, jax.ShapeDtypeStruct(row.shape, jnp.float32))
+    weights = jax.ShapeDtypeStruct(row.shape, jnp.float32)
+    return Batch._make((grid, grid, grid, row, row, weights))

@@ -31,8 +31,9 @@ def generate_answers(options: Options) -> int:
     }
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     said = {
-        way: answers(base, *forms[way], prompts, options.max_new_tokens, sampling)
-        for way in WAYS[options.adapter]
+        way: answers(base, model, params, prompts, options.max_new_tokens, sampling)
+        for way, (model, params) in forms.items()
+        if way in WAYS[options.adapter]
     }
     for index, prompt in enumerate(prompts):
         console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)

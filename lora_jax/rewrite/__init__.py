@@ -1,1 +1,1 @@
-"""The jaxpr walker: runs a traced function with low-rank products where adapted weights are used."""
+"""The jaxpr walk: a traced function run with low-rank products where weights are used."""

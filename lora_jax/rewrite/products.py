@@ -5,7 +5,7 @@ that carries the contracted axes first. To add one: write it and give it a row i
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,13 @@ class _Operand(NamedTuple):
     free: tuple[int, ...]
 
 
-def dot_general(walk, eqn, lhs, rhs):
+def dot_general(walk, eqn, lhs: Any, rhs: Any):
     """x·W + scale·(x·A)·B, with the weight on either side."""
-    if isinstance(lhs, Weight) and isinstance(rhs, Weight):
+    if isinstance(rhs, Weight):
         lhs = walk.plain(lhs, eqn, NotLowRank("is contracted with another adapted weight"))
     weight_first = isinstance(lhs, Weight)
-    weight, x = (lhs, rhs) if weight_first else (rhs, lhs)
+    weight: Weight = lhs if weight_first else rhs
+    x: Any = rhs if weight_first else lhs
     operands = _operands(eqn.params["dimension_numbers"], lhs, rhs)
     of_weight, of_x = operands if weight_first else operands[::-1]
     walk.note(weight, eqn, meeting=_meeting(weight, of_weight))
@@ -90,15 +91,14 @@ PRODUCTS = {
 
 def _operands(dimension_numbers, lhs, rhs) -> tuple[_Operand, _Operand]:
     contract, batch = dimension_numbers
-    ranks = [len(x.axes) if isinstance(x, Weight) else x.ndim for x in (lhs, rhs)]
-    return tuple(
-        _Operand(
-            tuple(contract[side]),
-            tuple(batch[side]),
-            tuple(k for k in range(ranks[side]) if k not in (*contract[side], *batch[side])),
-        )
-        for side in (0, 1)
-    )
+    left, right = (_operand(*axes) for axes in zip(contract, batch, (lhs, rhs), strict=True))
+    return left, right
+
+
+def _operand(contract, batch, x) -> _Operand:
+    rank = len(x.axes) if isinstance(x, Weight) else x.ndim
+    free = tuple(axis for axis in range(rank) if axis not in (*contract, *batch))
+    return _Operand(tuple(contract), tuple(batch), free)
 
 
 def _whole_rows(params, weight: Weight) -> _Operand:

@@ -46,7 +46,7 @@ class Walk:
     def function(self, jaxpr: Jaxpr | ClosedJaxpr) -> Callable[..., list[Any]]:
         """The jaxpr as a function from its inputs, weights or arrays, to a list of outputs."""
         consts = getattr(jaxpr, "consts", ())
-        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
         return lambda *inputs: self._run(inner, consts, inputs)
 
     def plain_function(self, jaxpr: Jaxpr | ClosedJaxpr, eqn: JaxprEqn) -> Callable[..., list[Any]]:

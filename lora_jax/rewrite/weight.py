@@ -167,7 +167,7 @@ def contract(left: Factor, right: Factor, over: Sequence[int], **dot_options) ->
     product = lax.dot_general(
         left.grouped(*groups, rows, over),
         right.grouped(*groups, over, columns),
-        (((lead + 1,), (lead,)), (tuple(range(lead)),) * 2),
+        (((lead + 1,), (lead,)), (range(lead), range(lead))),
         **dot_options,
     )
     sizes = [left.size([label]) for label in (*batch, *rows)]

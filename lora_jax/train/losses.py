@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 class LossSum(NamedTuple):
@@ -13,7 +15,7 @@ class LossSum(NamedTuple):
     tokens: jax.Array
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSum:
+def cross_entropy(logits: jax.Array, targets: ArrayLike, weights: ArrayLike) -> LossSum:
     """Next-token cross-entropy, summed.
 
     Args:
@@ -23,10 +25,10 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
     Source: `optax.softmax_cross_entropy_with_integer_labels`.
 
-    >>> import jax.numpy as jnp
     >>> loss = cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 1, 2]), jnp.array([1.0, 1.0, 0.0]))
     >>> float(loss.total / loss.tokens), float(loss.tokens)
     (1.3862943649291992, 2.0)
     """
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return LossSum((each * weights).sum(), weights.sum())
