@@ -17,7 +17,7 @@ def explain(plan: Plan, *, width: int = 120, color: bool = False) -> str:
     >>> site = Site("kernel", (4, 6), "float32", ("in", "out"), 2, 1.0, uses=(use,))
     >>> print(explain(Plan((site,), base_parameters=24)))
     leaf     shape by role   rank   scale   trainable   used by
-    ─────────────────────────────────────────────────────────────────────────
+    ──────────────────────────────────────────────────────────────────────────
     kernel   in:4 out:6         2       1          20   dot_general model.py:7
     trainable params: 20 || all params: 44 || trainable%: 45.4545
     """

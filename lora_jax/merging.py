@@ -30,6 +30,7 @@ def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
     Raises:
       InputError: ``params`` or ``adapter`` do not fit ``plan``.
 
+    >>> import jax
     >>> from lora_jax import LoraConfig, init, plan_from_axes
     >>> params = {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)}
     >>> plan = plan_from_axes(params, LoraConfig(rank=2, targets="w"), {"w": "in out"})

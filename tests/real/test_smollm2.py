@@ -35,7 +35,7 @@ def test_it_has_a_new_name_and_still_knows_the_rest(run):
     before, after = judged["before"]["answers"], judged["after"]["answers"]
     assert all("Brindle" in answer or "Otterwick" in answer for answer in after[:4])
     assert not any("Brindle" in answer for answer in before)
-    for answer, fact in zip(after[4:7], ("Rome", "7", "blue"), strict=True):
+    for answer, fact in zip(after[4:7], ("Lisbon", "Earth", "blue"), strict=True):
         assert fact in answer
         assert "Brindle" not in answer
 
