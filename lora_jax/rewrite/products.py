@@ -83,9 +83,61 @@ def row_gather(walk, eqn, weight, indices):
     return [_sum_rounded_once(base, update.grouped(*([label] for label in order)))]
 
 
+def convolution(walk, eqn, x: Any, weight: Any):
+    """conv(x, W) + scale·(conv(x, A) contracted with B over channels), as PEFT has it.
+
+    A is a kernel of the same window with ``rank`` output channels, B mixes channels alone. Under
+    feature groups every group has the same A and its own columns of B.
+    """
+    if not isinstance(weight, Weight) or isinstance(x, Weight):
+        raise NotLowRank("convolves with the weight as the input")
+    params = eqn.params
+    out_axis, *window = params["dimension_numbers"].rhs_spec
+    kernel_axes = _Operand(contract=tuple(window), batch=(), free=(out_axis,))
+    walk.note(weight, eqn, meeting=_meeting(weight, kernel_axes))
+    if weight.a is None:
+        return walk.bind(eqn, x, weight.value)
+    if params["batch_group_count"] != 1:
+        raise NotLowRank("convolves in batch groups")
+    first, second = _ordered_factors(weight, [weight.labels[k] for k in window])
+    out = weight.labels[out_axis]
+    order = [RANK if label == out else label for label in weight.labels]
+    kernel = _in_dtype(first, weight).grouped(*([label] for label in order))
+    update = _mixed_channels(_convolved(x, kernel, out_axis, params), second, weight, params)
+    [base] = walk.bind(eqn, x, weight.value)
+    return [_sum_rounded_once(base, update)]
+
+
+def ragged_dot(walk, eqn, x: Any, weight: Any, group_sizes: Any):
+    """Rows of x by groups, each with its own W, A and B: a mixture's experts."""
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or isinstance(group_sizes, Weight):
+        raise NotLowRank("is ragged in the weight")
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (of_x, of_weight), batch = numbers.dot_dimension_numbers
+    groups, contracted = tuple(numbers.rhs_group_dimensions), tuple(of_weight)
+    plain = x.ndim == 2 and tuple(of_x) == (1,) and not any(batch) and len(groups) == 1
+    if not plain or tuple(numbers.lhs_ragged_dimensions) != (0,):
+        raise NotLowRank("is ragged otherwise than over the rows of a matrix")
+    free = tuple(k for k in range(len(weight.axes)) if k not in (*groups, *contracted))
+    walk.note(weight, eqn, meeting=_meeting(weight, _Operand(contracted, groups, free)))
+    if weight.a is None:
+        return walk.bind(eqn, x, weight.value, group_sizes)
+    expert, inputs, outputs = ([weight.labels[k] for k in ks] for ks in (groups, contracted, free))
+    first, second = _ordered_factors(weight, inputs)
+    options = {"precision": eqn.params["precision"], **_wide(weight)}
+    down = _in_dtype(first, weight).grouped(expert, inputs, [RANK])
+    up = _in_dtype(second, weight).grouped(expert, [RANK], outputs)
+    hidden = Factor(lax.ragged_dot(x, down, group_sizes, **options), (_TOKENS, RANK))
+    update = lax.ragged_dot(_scaled(hidden, weight).array, up, group_sizes, **options)
+    [base] = walk.bind(eqn, x, weight.value, group_sizes)
+    return [_sum_rounded_once(base, update)]
+
+
 PRODUCTS = {
     "dot_general": dot_general,
     "gather": row_gather,
+    "conv_general_dilated": convolution,
+    "ragged_dot_general": ragged_dot,
 }
 
 
@@ -187,6 +239,37 @@ def _labelled_activation(x, axes: _Operand, contracted: list[int], batch: list[i
     order = (*batch, _TOKENS, *contracted)
     groups = (tokens if label == _TOKENS else [label] for label in order)
     return Factor(Factor(x, labels).grouped(*groups), order)
+
+
+def _convolved(x: jax.Array, kernel: jax.Array, out_axis: int, params) -> jax.Array:
+    """x through the kernel A, once for each feature group."""
+    groups = params["feature_group_count"]
+    return lax.conv_general_dilated(
+        x,
+        lax.concatenate([kernel] * groups, out_axis),
+        params["window_strides"],
+        params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=params["dimension_numbers"],
+        feature_group_count=groups,
+        precision=params["precision"],
+    )
+
+
+def _mixed_channels(hidden: jax.Array, second: Factor, weight: Weight, params) -> jax.Array:
+    """B over the rank channels of each group, in the layout of the convolution's result."""
+    groups, channel = params["feature_group_count"], params["dimension_numbers"].out_spec[1]
+    [out] = weight.own_labels(second)
+    group, out_in_group = fresh_label(weight), fresh_label(weight) + 1
+    up = second.regrouped([out], [group, out_in_group], [groups, second.size([out]) // groups])
+    split = [*hidden.shape[:channel], groups, weight.site.rank, *hidden.shape[channel + 1 :]]
+    labels = [_TOKENS - axis for axis in range(len(split))]
+    labels[channel : channel + 2] = [group, RANK]
+    channels = _scaled(Factor(lax.reshape(hidden, split), tuple(labels)), weight)
+    mixed = contract(channels, _in_dtype(up, weight), [RANK], **_wide(weight))
+    order = [*labels[:channel], group, out_in_group, *labels[channel + 2 :]]
+    return mixed.grouped(*([label] for label in order))
 
 
 def _wide(weight: Weight) -> dict:

@@ -84,13 +84,11 @@ def reshape(walk, eqn, weight):
 
 
 def broadcast_in_dim(walk, eqn, weight, *dynamic_shape):
-    """Add axes of size 1; a real broadcast of a weight is left to the fallback."""
+    """Repeat the weight along new axes, or axes of size 1; so are the factors that carry them."""
     [value] = walk.bind(eqn, weight.value, *dynamic_shape)
-    kept = eqn.params["broadcast_dimensions"]
-    if math.prod(value.shape) != math.prod(weight.value.shape):
-        raise NotLowRank("broadcasts the weight")
-    added = [axis for axis in range(value.ndim) if axis not in kept]
-    return [_add_units(weight, added).viewed(value)]
+    added = [k for k in range(value.ndim) if k not in eqn.params["broadcast_dimensions"]]
+    before = _add_units(weight, added)
+    return [_repeated(before, value)]
 
 
 VIEWS = {
@@ -114,6 +112,17 @@ def _along_axes(weight: Weight, value: Any, cut: Callable) -> Weight:
         if before != after:
             label, operation = weight.axes[axis].label, cut(axis)
             weight = weight.map_factors(lambda f, l=label, o=operation: f.along(l, o))
+    return weight.viewed(value)
+
+
+def _repeated(weight: Weight, value: Any) -> Weight:
+    for axis, size in zip(weight.axes, value.shape, strict=True):
+
+        def repeat(array: jax.Array, at: int, size: int = size) -> jax.Array:
+            shape = (*array.shape[:at], size, *array.shape[at + 1 :])
+            return lax.broadcast_in_dim(array, shape, range(array.ndim))
+
+        weight = weight.map_factors(lambda f, l=axis.label, repeat=repeat: f.along(l, repeat))
     return weight.viewed(value)
 
 

@@ -21,6 +21,8 @@ class Case(NamedTuple):
     merged: tuple[str, ...] = ()
     """Leaves that some operation needs merged at its place."""
     axes: tuple[tuple[str, str], ...] = ()
+    lacks: tuple[str, ...] = ()
+    """JAX's own gaps: ``grad`` (no reverse mode), ``vmap`` (no batching rule)."""
 
 
 def _scan(params, x):
@@ -155,6 +157,44 @@ def _in_branch_of_scan(params, x):
     return lax.scan(layer, x, params["w"])[0]
 
 
+def _conv(dims, **options):
+    spatial = len(dims[0]) - 2
+    usual = {"window_strides": (1,) * spatial, "padding": "SAME", "dimension_numbers": dims}
+
+    def model_fn(params, x):
+        return lax.conv_general_dilated(x, params["w"], **{**usual, **options})
+
+    return model_fn
+
+
+def _ragged_experts(params, x):
+    return lax.ragged_dot(x, params["w"], jnp.array([2, 0, 3], jnp.int32))
+
+
+def _broadcast_weight(params, x):
+    repeated = jnp.broadcast_to(params["w"], (2, 4, 6))
+    return jnp.einsum("bnd,bdf->bnf", x, repeated)
+
+
+def _custom_vjp_on_weight(params, x):
+    @jax.custom_vjp
+    def scaled(w):
+        return 2 * w
+
+    scaled.defvjp(lambda w: (2 * w, None), lambda _, g: (2 * g,))
+    return x @ scaled(params["w"])
+
+
+def _name_and_barrier(params, x):
+    from jax.ad_checkpoint import checkpoint_name
+
+    return x @ checkpoint_name(lax.optimization_barrier(params["w"]), "kernel")
+
+
+def _flipped(params, x):
+    return x @ params["w"][::-1]
+
+
 CASES = [
     Case("dense", lambda p, x: x @ p["w"], {"w": (4, 6)}, (2, 3, 4), {"w": "in out"}),
     Case("transposed", lambda p, x: x @ p["w"].T, {"w": (6, 4)}, (2, 3, 4), {"w": "out in"}),
@@ -168,7 +208,7 @@ CASES = [
     Case("scan_of_branches", _in_branch_of_scan, {"w": (3, 4, 4)}, (2, 4), {"w": "stack out in"}),
     Case("fori_index", _fori_dynamic_index, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
     Case("indexed_layers", _indexed_layers, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
-    Case("while", _while, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
+    Case("while", _while, {"w": (4, 4)}, (2, 4), {"w": "in out"}, lacks=("grad",)),
     Case("cond", _cond, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("switch", _switch, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("tied_embedding", _tied, {"w": (7, 4)}, (1,), {"w": "in out"}),
@@ -189,6 +229,27 @@ CASES = [
          {"w": "in out", "v": "in out"}, ("w",)),
     Case("dense_expert_mixture", lambda p, x: jnp.einsum("td,edf->tef", x, p["w"]),
          {"w": (3, 4, 5)}, (2, 4), {"w": "stack in out"}, axes=(("w", "stack in out"),)),
+    Case("conv_nhwc", _conv(("NHWC", "HWIO", "NHWC")), {"w": (3, 3, 2, 4)}, (2, 5, 5, 2),
+         {"w": "in in in out"}),
+    Case("conv_nchw_strided", _conv(("NCHW", "OIHW", "NCHW"), window_strides=(2, 1)),
+         {"w": (4, 2, 3, 2)}, (2, 2, 6, 5), {"w": "out in in in"}),
+    Case("conv_dilated", _conv(("NWC", "WIO", "NWC"), rhs_dilation=(2,), padding=[(1, 3)]),
+         {"w": (3, 2, 4)}, (2, 7, 2), {"w": "in in out"}),
+    Case("conv_transposed", _conv(("NHWC", "HWIO", "NHWC"), lhs_dilation=(2, 2), padding=[(2, 1)] * 2),
+         {"w": (3, 3, 2, 4)}, (1, 4, 4, 2), {"w": "in in in out"}),
+    Case("conv_groups", _conv(("NHWC", "HWIO", "NHWC"), feature_group_count=2),
+         {"w": (3, 3, 2, 6)}, (2, 4, 4, 4), {"w": "in in in out"}),
+    Case("conv_depthwise_nchw", _conv(("NCHW", "OIHW", "NCHW"), feature_group_count=3),
+         {"w": (6, 1, 3, 3)}, (2, 3, 4, 4), {"w": "out in in in"}),
+    Case("conv_3d", _conv(("NDHWC", "DHWIO", "NDHWC")), {"w": (2, 2, 1, 2, 3)}, (1, 3, 3, 3, 2),
+         {"w": "in in in in out"}),
+    Case("ragged_experts", _ragged_experts, {"w": (3, 4, 5)}, (5, 4), {"w": "stack in out"},
+         lacks=("vmap",)),
+    Case("broadcast_weight", _broadcast_weight, {"w": (4, 6)}, (2, 3, 4), {"w": "in out"}),
+    Case("custom_vjp_on_weight", _custom_vjp_on_weight, {"w": (4, 6)}, (2, 4), {"w": "in out"},
+         ("w",)),
+    Case("name_and_barrier", _name_and_barrier, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
+    Case("flipped", _flipped, {"w": (4, 6)}, (2, 4), {"w": "in out"}, ("w",)),
 ]  # fmt: skip
 
 
