@@ -128,7 +128,8 @@ def _bare_site(path: str, leaf: Any, rule: Rule, config: LoraConfig) -> Site:
 
 def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
     """Walk the function on shapes; what is seen of each leaf, in program order."""
-    walk = Walk()
+    seen: dict[tuple[str, int], Note] = {}
+    walk = Walk(seen)
     pairs = {site.path: _pair_shapes(site) for site in sites if site.roles}
 
     def run(leaves: dict[str, Any], others: list[Any], pairs: dict[str, LoraPair]) -> Any:
@@ -139,7 +140,7 @@ def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
         return traced._replace(leaves=leaves, others=others).run(walk, weights)
 
     jax.eval_shape(run, traced.leaves, traced.others, pairs)
-    notes = list(walk.notes.values())
+    notes = list(seen.values())
     return {site.path: [note for note in notes if note.path == site.path] for site in sites}
 
 

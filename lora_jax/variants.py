@@ -1,9 +1,11 @@
 """The maths of one weight: its update ΔW = scale · A B in the weight's own axes."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.adapter import LoraPair
 from lora_jax.site import ROLES, Site
@@ -42,7 +44,12 @@ def effective_weight(site: Site, weight: jax.Array, pair: LoraPair) -> jax.Array
 
 def at_least_float32(array: jax.Array) -> jax.Array:
     """The array in float32, or as it is where its dtype is wider."""
-    return jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
+    return in_dtype(array, jnp.promote_types(array.dtype, jnp.float32))
+
+
+def in_dtype(array: jax.Array, dtype: Any) -> jax.Array:
+    """The array in ``dtype``; the same object where it is already, which keeps tracing quick."""
+    return array if array.dtype == dtype else lax.convert_element_type(array, dtype)
 
 
 def _inverse(permutation: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from lora_jax.rewrite.weight import (
     contract,
     fresh_label,
 )
-from lora_jax.variants import at_least_float32
+from lora_jax.variants import at_least_float32, in_dtype
 
 _TOKENS = -2
 """The label under which all token axes of an activation are one."""
@@ -277,13 +277,14 @@ def _wide(weight: Weight) -> dict:
 
 
 def _in_dtype(factor: Factor, weight: Weight) -> Factor:
-    return replace(factor, array=factor.array.astype(weight.value.dtype))
+    return replace(factor, array=in_dtype(factor.array, weight.value.dtype))
 
 
 def _scaled(hidden: Factor, weight: Weight) -> Factor:
     scaled = hidden.array if weight.site.scale == 1 else hidden.array * weight.site.scale
-    return replace(hidden, array=scaled.astype(weight.value.dtype))
+    return replace(hidden, array=in_dtype(scaled, weight.value.dtype))
 
 
 def _sum_rounded_once(base: jax.Array, update: jax.Array) -> jax.Array:
-    return (at_least_float32(base) + lax.reshape(update, base.shape)).astype(base.dtype)
+    total = lax.add(at_least_float32(base), lax.reshape(update, base.shape))
+    return in_dtype(total, base.dtype)

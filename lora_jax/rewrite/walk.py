@@ -6,7 +6,7 @@ W + ΔW is formed for that equation alone, inside whatever loop body it stands i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +40,9 @@ class Note(NamedTuple):
 class Walk:
     """One run over a jaxpr, and what it saw on the way."""
 
-    notes: dict[tuple[str, int], Note] = field(default_factory=dict)
-    """By leaf path and equation, because JAX may trace a loop body more than once."""
+    notes: dict[tuple[str, int], Note] | None = None
+    """By leaf path and equation, because JAX may trace a loop body more than once; None where
+    nobody will read them."""
 
     def function(self, jaxpr: Jaxpr | ClosedJaxpr) -> Callable[..., list[Any]]:
         """The jaxpr as a function from its inputs, weights or arrays, to a list of outputs."""
@@ -73,6 +74,8 @@ class Walk:
 
     def note(self, weight: Weight, eqn: JaxprEqn, **seen: Any) -> None:
         """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
+        if self.notes is None:
+            return
         key = weight.site.path, id(eqn)
         operation = eqn.primitive.name
         present = frozenset().union(*(axis.base for axis in weight.axes))
