@@ -36,6 +36,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
 
+import jax
+
 from lora_jax.adapter import Adapter, check, check_params
 from lora_jax.errors import InputError
 from lora_jax.merging import merge
@@ -59,6 +61,10 @@ def adapt(
     The result composes with jit, grad, vmap, scan and remat like any JAX function. Call it under
     ``jax.jit``: each call outside of it traces ``model_fn`` anew.
 
+    Given ``dropout_key=``, a random key, the function drops entries of A's input at each site's
+    rate, as PEFT does: another mask for each use, each layer of a scan and each step of a loop,
+    the same masks for the same key. Without it nothing is dropped.
+
     Args:
       model_fn: any traceable function whose first argument is the parameter tree.
       plan: from `plan` (or `plan_from_axes`) for the same function and parameters.
@@ -66,14 +72,20 @@ def adapt(
         fine-tuning; the oracle in tests.
 
     Returns:
-      ``adapted(params, adapter, *args, **kwargs)``, which raises InputError where ``params`` or
-      ``adapter`` do not fit the plan.
+      ``adapted(params, adapter, *args, dropout_key=None, **kwargs)``, which raises InputError
+      where ``params`` or ``adapter`` do not fit the plan.
     """
     if mode not in ("low_rank", "merge"):
         raise InputError(f"mode {mode!r} is not known: use 'low_rank' or 'merge'")
 
     @wraps(model_fn)
-    def low_rank(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+    def low_rank(
+        params: Any,
+        adapter: Adapter,
+        *args: Any,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         check_params(params, plan)
         check(adapter, plan)
         traced = trace(model_fn, params, args, kwargs)
@@ -81,10 +93,15 @@ def adapt(
             site.path: symbolic_weight(site, traced.leaves[site.path], adapter[site.path])
             for site in plan.sites
         }
-        return traced.run(Walk(), weights)
+        return traced.run(Walk(dropout_key=dropout_key), weights)
 
     @wraps(model_fn)
     def merged(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("dropout_key", None) is not None:
+            raise InputError("mode='merge' has no input of A to drop: leave out dropout_key")
         return model_fn(merge(params, adapter, plan), *args, **kwargs)
 
-    return low_rank if mode == "low_rank" else merged
+    adapted = low_rank if mode == "low_rank" else merged
+    # JAX finds arguments by name in the signature, and ours has the adapter in it.
+    del adapted.__wrapped__
+    return adapted

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lora_jax.errors import InputError
-from lora_jax.site import ROLES, Role
+from lora_jax.site import INITIALISERS, ROLES, Role
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Rule:
     alpha: float | None = None
     init: str | None = None
     init_std: float | None = None
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class LoraConfig:
       use_rslora: scale = alpha/√rank instead of alpha/rank (Kalajdzievski, arXiv:2312.03732).
       init: how A starts: ``kaiming_uniform`` (as PEFT does) or ``gaussian``. B starts at zero.
       init_std: standard deviation of ``gaussian``; 1/rank where not given, as in PEFT.
+      dropout: share of the entries of A's input that are dropped when `adapt`'s function is
+        given a ``dropout_key``; lookups have no such input.
       axes: ``(pattern, roles)`` pairs for weights whose axis roles the trace can't tell or
         that should be read otherwise; roles are words of ``stack``, ``in``, ``out``.
 
@@ -52,10 +55,11 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     targets: str | tuple[str | Rule, ...] = ()
-    exclude: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
     use_rslora: bool = False
     init: str = "kaiming_uniform"
     init_std: float | None = None
+    dropout: float = 0.0
     axes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
@@ -69,9 +73,14 @@ class LoraConfig:
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         return tuple(_completed(_as_rule(target), self) for target in targets)
 
+    @property
+    def exclude_patterns(self) -> tuple[str, ...]:
+        """``exclude`` as a tuple."""
+        return (self.exclude,) if isinstance(self.exclude, str) else self.exclude
+
     def rule_for(self, path: str) -> Rule | None:
         """The first rule that matches ``path``; ``None`` if the leaf stays frozen."""
-        if any(re.fullmatch(pattern, path) for pattern in self.exclude):
+        if any(re.fullmatch(pattern, path) for pattern in self.exclude_patterns):
             return None
         return next((rule for rule in self.rules if re.fullmatch(rule.pattern, path)), None)
 
@@ -134,17 +143,22 @@ def _problems(config: LoraConfig) -> Iterable[str]:
         yield "targets is empty: give at least one regular expression over leaf paths"
     for rule in rules:
         yield from _rule_problems(rule)
-    patterns = [rule.pattern for rule in rules] + [*config.exclude] + [p for p, _ in config.axes]
+    patterns = [rule.pattern for rule in rules] + [*config.exclude_patterns]
+    patterns += [pattern for pattern, _ in config.axes]
     yield from filter(None, map(_pattern_problem, patterns))
     for _, roles in config.axes:
         parse_roles(roles)
 
 
 def _rule_problems(rule: Rule) -> Iterable[str]:
-    if not isinstance(rule.rank, int) or rule.rank < 1:
+    if not isinstance(rule.rank, int) or isinstance(rule.rank, bool) or rule.rank < 1:
         yield f"rank of {rule.pattern!r} must be an integer of at least 1, got {rule.rank!r}"
     if not isinstance(rule.alpha, int | float) or not 0 < rule.alpha < math.inf:
         yield f"alpha of {rule.pattern!r} must be a positive finite number, got {rule.alpha!r}"
+    if rule.init not in INITIALISERS:
+        yield f"init of {rule.pattern!r} is {rule.init!r}; there are {', '.join(INITIALISERS)}"
+    if rule.dropout is None or not 0 <= rule.dropout < 1:
+        yield f"dropout of {rule.pattern!r} must be at least 0 and below 1, got {rule.dropout!r}"
     if rule.init_std is not None and not 0 < rule.init_std < math.inf:
         yield f"init_std of {rule.pattern!r} must be positive and finite, got {rule.init_std!r}"
 

@@ -1,6 +1,5 @@
 """Fresh adapters: A by a table of initialisers, B zero, so that the base function is unchanged."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter, LoraPair, check_params
-from lora_jax.errors import InputError
+from lora_jax.paths import path_key
 from lora_jax.site import Plan, Site
 
 
@@ -23,7 +22,7 @@ def _gaussian(key: jax.Array, site: Site) -> jax.Array:
     return std * jax.random.normal(key, site.a_shape, jnp.float32)
 
 
-INITIALISERS: dict[str, Callable[[jax.Array, Site], jax.Array]] = {
+_INITIALISERS: dict[str, Callable[[jax.Array, Site], jax.Array]] = {
     "kaiming_uniform": _kaiming_uniform,
     "gaussian": _gaussian,
 }
@@ -46,8 +45,7 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
       ``{path: LoraPair(a, b)}`` in float32.
 
     Raises:
-      InputError: the plan names leaves that ``params`` lacks, or whose shape differs, or an
-        initialiser that does not exist.
+      InputError: the plan names leaves that ``params`` lacks, or whose shape differs.
 
     >>> site = Site("w", (4, 6), "float32", ("in", "out"), rank=2, scale=1.0)
     >>> adapter = init(jax.random.key(0), {"w": jnp.ones((4, 6))}, Plan((site,), 24))
@@ -55,19 +53,8 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
     ((4, 2), 0.0)
     """
     check_params(params, plan)
-    unknown = sorted({site.init for site in plan.sites} - set(INITIALISERS))
-    if unknown:
-        raise InputError(f"unknown init {unknown}; there are {sorted(INITIALISERS)}")
     return {site.path: _fresh(path_key(key, site.path), site) for site in plan.sites}
 
 
-def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A random key that depends on ``key`` and on a leaf's path alone."""
-    digest = hashlib.sha256(path.encode()).digest()
-    for start in (0, 4):
-        key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "little"))
-    return key
-
-
 def _fresh(key: jax.Array, site: Site) -> LoraPair:
-    return LoraPair(INITIALISERS[site.init](key, site), jnp.zeros(site.b_shape, jnp.float32))
+    return LoraPair(_INITIALISERS[site.init](key, site), jnp.zeros(site.b_shape, jnp.float32))

@@ -6,9 +6,11 @@ attribute of a box around a leaf (an NNX variable, a Linen partitioned parameter
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 from jax.tree_util import (
     DictKey,
     FlattenedIndexKey,
@@ -86,3 +88,11 @@ def require_known(paths: Iterable[str], known: Iterable[str]) -> None:
     if unknown:
         hints = (f"{path!r} (nearest: {nearest(path, known) or 'none'})" for path in unknown)
         raise InputError("no such leaf: " + "; ".join(hints))
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A random key that depends on ``key`` and on a leaf's path alone."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for start in (0, 4):
+        key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "little"))
+    return key

@@ -19,7 +19,7 @@ The tree before and after, for a function ``model_fn(params, x)`` with one dense
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,9 @@ def plan(
         static.
       config: targets, rank, scale and initialiser.
       strict: refuse weights that some operation needs merged (W + ΔW) at its place.
+
+    ``config`` and ``strict`` are this function's own: a model function with keywords of these
+    names is planned as ``functools.partial(model_fn, strict=...)``.
 
     Returns:
       The plan: frozen, hashable, ``{path: Site}``.
@@ -103,12 +106,8 @@ def plan_from_axes(params: Any, config: LoraConfig, axes: Mapping[str, str]) -> 
 
 
 def _matched_sites(leaves: dict[str, Any], config: LoraConfig) -> tuple[list[Site], list[str]]:
-    problems = [
-        f"target {rule.pattern!r} matches no leaf (nearest: {_nearest_to(rule.pattern, leaves)})"
-        for rule in config.rules
-        if not any(re.fullmatch(rule.pattern, path) for path in leaves)
-    ]
     matched = {path: config.rule_for(path) for path in leaves}
+    problems = [*_idle_patterns(leaves, config), *_idle_rules(matched, config)]
     sites = [_bare_site(path, leaves[path], rule, config) for path, rule in matched.items() if rule]
     problems += [
         f"{site.path!r} is {site.dtype}, only floating weights can be adapted: exclude it"
@@ -118,17 +117,42 @@ def _matched_sites(leaves: dict[str, Any], config: LoraConfig) -> tuple[list[Sit
     return sites, problems
 
 
+def _idle_patterns(leaves: Iterable[str], config: LoraConfig) -> Iterable[str]:
+    """Patterns of whatever kind that match nothing."""
+    kinds = {
+        "target": [rule.pattern for rule in config.rules],
+        "exclude": config.exclude_patterns,
+        "axes": [pattern for pattern, _ in config.axes],
+    }
+    for kind, patterns in kinds.items():
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, path) for path in leaves):
+                near = _nearest_to(pattern, leaves)
+                yield f"{kind} {pattern!r} matches no leaf (nearest: {near})"
+
+
+def _idle_rules(matched: Mapping[str, Rule | None], config: LoraConfig) -> Iterable[str]:
+    """Rules that match leaves, all of which an earlier rule or an exclude pattern decides."""
+    deciding = set(matched.values())
+    for rule in config.rules:
+        if rule not in deciding and any(re.fullmatch(rule.pattern, path) for path in matched):
+            yield (
+                f"target {rule.pattern!r} decides nothing: earlier targets or exclude patterns "
+                "take every leaf it matches; put it first, or drop it"
+            )
+
+
 def _bare_site(path: str, leaf: Any, rule: Rule, config: LoraConfig) -> Site:
     scale = scale_of(rule, config.use_rslora)
     dtype = jnp.dtype(leaf.dtype).name
-    rank = rule.rank or config.rank
-    init = rule.init or config.init
-    return Site(path, tuple(leaf.shape), dtype, (), rank, scale, init, rule.init_std)
+    shape, rank = tuple(leaf.shape), rule.rank or 0
+    settings = {"init": rule.init, "init_std": rule.init_std, "dropout": rule.dropout}
+    return Site(path, shape, dtype, (), rank, scale, **settings)
 
 
 def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
     """Walk the function on shapes; what is seen of each leaf, in program order."""
-    seen: dict[tuple[str, int], Note] = {}
+    seen: dict[Hashable, Note] = {}
     walk = Walk(seen)
     pairs = {site.path: _pair_shapes(site) for site in sites if site.roles}
 
@@ -211,6 +235,13 @@ def _with_uses(
         for site in sites
         for note in seen[site.path]
         if isinstance(note.refusal, NotLowRank if strict else RolesContradict)
+    ]
+    problems += [
+        f"{site.path!r} has dropout, which can't act at {note.where}, where it is merged: "
+        "set it to 0 there"
+        for site in sites
+        for note in seen[site.path]
+        if site.dropout and note.refusal
     ]
     used = [replace(site, uses=tuple(map(_use, seen[site.path]))) for site in sites]
     return used, problems

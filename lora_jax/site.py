@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 Role = Literal["stack", "in", "out"]
 ROLES: tuple[Role, ...] = ("stack", "in", "out")
+INITIALISERS = ("kaiming_uniform", "gaussian")
 
 
 class Use(NamedTuple):
@@ -41,6 +42,8 @@ class Site:
     scale: float
     init: str = "kaiming_uniform"
     init_std: float | None = None
+    dropout: float = 0.0
+    """Share of the entries of A's input that training drops."""
     uses: tuple[Use, ...] = ()
 
     def axes(self, role: Role) -> tuple[int, ...]:

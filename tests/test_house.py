@@ -38,7 +38,7 @@ def imports(path: Path, *, module_level: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -52,7 +52,8 @@ def in_package(path: Path, package: str) -> bool:
 
 
 def core_imports(path: Path) -> set[str]:
-    return {room(name) for name in imports(path) if name.startswith("lora_jax.")}
+    names = (name for name in imports(path) if name.split(".")[0] == "lora_jax")
+    return {room(name) for name in names}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Base(NamedTuple):
       source: where it came from.
       config: of the decoder.
       params: JAX arrays, on the default device.
+      digest: fingerprint of the parameters as they are stored, before any cast.
       chat: tokenizer and template.
       special_tokens: text of ``bos``, ``eos``, ``pad`` and ``unk``, as far as there are any.
       eos_ids: tokens that end an answer.
@@ -38,6 +40,7 @@ class Base(NamedTuple):
     source: str
     config: DecoderConfig
     params: Any
+    digest: str
     chat: ChatFormat
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
@@ -56,14 +59,20 @@ def load_base(model: str, dtype: str | None, console: Console) -> Base:
     """
     from interop import pretrained
 
-    found = pretrained.load(model, dtype=dtype, progress=console)
+    found = pretrained.load(model, progress=console)
     if not found.chat_template:
         raise InputError(f"{model} has no chat template: choose an instruction-tuned model")
+    config = replace(found.config, dtype=dtype or found.config.dtype)
     in_template = {f"{role}_token": text for role, text in found.special_tokens.items()}
-    chat = ChatFormat(found.tokenizer, found.chat_template, in_template)
-    params = jax.tree.map(jnp.asarray, found.params)
     return Base(
-        found.name, found.source, found.config, params, chat, found.special_tokens, found.eos_ids
+        name=found.name,
+        source=found.source,
+        config=config,
+        params=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype or leaf.dtype), found.params),
+        digest=digest(found.params),
+        chat=ChatFormat(found.tokenizer, found.chat_template, in_template),
+        special_tokens=found.special_tokens,
+        eos_ids=found.eos_ids,
     )
 
 
@@ -73,10 +82,14 @@ def digest(params: Any) -> str:
     It tells bases apart; it is no protection against somebody who forges one.
     """
     lines = (
-        f"{path} {leaf.shape} {leaf.dtype} {zlib.crc32(np.ascontiguousarray(leaf).data):08x}"
+        f"{path} {leaf.shape} {leaf.dtype} {zlib.crc32(_bytes(leaf)):08x}"
         for path, leaf in sorted(named_leaves(params).items())
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _bytes(leaf: Any) -> memoryview:
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data
 
 
 def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None:
@@ -84,7 +97,7 @@ def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None
     from interop import peft
     from interop.keymaps import LLAMA
 
-    about = {"model": base.name, "source": base.source, "digest": digest(base.params)}
+    about = {"model": base.name, "source": base.source, "digest": base.digest}
     peft.write(directory, adapter, plan, keymap=LLAMA, base_model_name=base.name, base=about)
 
 
@@ -105,13 +118,20 @@ def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:
     from interop import peft
     from interop.keymaps import LLAMA
 
+    require_same_base(directory, base)
+    return peft.read(directory, base.params, keymap=LLAMA)
+
+
+def require_same_base(directory: Path, base: Base) -> None:
+    """Raise an InputError if an adapter's manifest names another base than this one."""
+    from interop import peft
+
     trained_on = peft.base_of(directory).get("digest")
-    if trained_on not in (None, digest(base.params)):
+    if trained_on not in (None, base.digest):
         raise InputError(
             f"{directory} was trained on another base than {base.name} ({base.source}): "
             "name its own with --model"
         )
-    return peft.read(directory, base.params, keymap=LLAMA)
 
 
 @functools.cache

@@ -11,17 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from rich.console import Console
 
-from lora_jax.cli.base import digest
 from lora_jax.cli.tasks import Judgement, Task
 
 
-def judge_base(task: Task, max_new_tokens: int, judge: Callable[[], Judgement]) -> Judgement:
+def judge_base(
+    task: Task, max_new_tokens: int, judge: Callable[[], Judgement], console: Console
+) -> Judgement:
     """The judgement of the base: remembered where nothing that decides it differs, else made."""
     path = _directory() / f"{_fingerprint(task, max_new_tokens)}.json"
     remembered = _read(path, len(task.questions))
     if remembered is not None:
+        console.print(f"before    remembered from an earlier run ({path})", soft_wrap=True)
         return remembered
     judgement = judge()
     _write(path, judgement)
@@ -38,7 +42,11 @@ def _fingerprint(task: Task, max_new_tokens: int) -> str:
     heldout = task.heldout.packed if task.heldout else ()
     decides: list[Any] = [
         [version(package) for package in ("lora-jax", "jax", "jaxlib")],
-        digest(task.base.params),
+        jax.default_backend(),
+        task.base.digest,
+        hashlib.sha256(task.base.tokenizer.to_str().encode()).hexdigest(),
+        sorted(task.base.special_tokens.items()),
+        task.base.eos_ids,
         repr(task.base.config),
         task.base.chat.template,
         task.questions,

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from rich.console import Console
+
 from lora_jax.cli.base import Base
 from lora_jax.cli.options import DataOptions
 from lora_jax.data.batches import BatchPlan, plan_batches
@@ -32,8 +34,8 @@ def read(options: DataOptions) -> Rows:
     return Rows(read_rows(options.data), read_rows(options.heldout) if options.heldout else ())
 
 
-def pack(options: DataOptions, rows: tuple[Row, ...], base: Base) -> Sequences:
-    """Encode rows in the base's chat format and pack them.
+def pack(options: DataOptions, rows: tuple[Row, ...], base: Base, console: Console) -> Sequences:
+    """Encode rows in the base's chat format and pack them; say what the length limit cost.
 
     Raises:
       InputError: rows longer than the limit, without a trained token, or not expressible.
@@ -44,6 +46,11 @@ def pack(options: DataOptions, rows: tuple[Row, ...], base: Base) -> Sequences:
             "positions: lower --max-length"
         )
     fitted = fit_rows(encode_rows(base.chat, rows), options.max_length, options.truncate)
+    if fitted.dropped or fitted.cut:
+        console.print(
+            f"too long  {fitted.dropped} rows left out, {fitted.cut} cut at {options.max_length} "
+            f"tokens (--truncate {options.truncate})"
+        )
     packed = pack_rows(fitted.rows, options.max_length, base.config.vocab_size)
     batches = plan_batches(
         packed,

@@ -16,7 +16,8 @@ from lora_jax.cli.terminal import open_console
 def write_merged(options: Options) -> int:
     """Run `lora-jax merge`."""
     console = open_console()
-    base = load_base(runs.model_of(options.run, options.model), None, console)
+    model = runs.model_of(options.run, options.model)
+    base = load_base(model, runs.dtype_of(options.run), console)
     params = base.params if options.base_only else _merged(options, base, console)
     _write(options, base, params)
     what = "the base" if options.base_only else "base and adapter, merged,"

@@ -71,7 +71,7 @@ class OptimOptions:
     warmup: float = 0.1
     """Share of the updates in which the learning rate rises."""
     final_lr: float = 0.0
-    """Learning rate of the last update, as a share of the peak."""
+    """What the learning rate falls towards, as a share of the peak."""
     weight_decay: float = 0.01
     """Decoupled, as in torch's AdamW."""
     clip_norm: float = 1.0
@@ -84,21 +84,27 @@ _RANGES = {
     "final_lr": (0.0, 1.0),
     "weight_decay": (0.0, math.inf),
     "clip_norm": (1e-12, math.inf),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "max_length": (2, math.inf),
+    "seed": (0, 2**32 - 1),
 }
 
 
-def require_ranges(options: OptimOptions) -> None:
+def require_ranges(optim: OptimOptions, data: DataOptions) -> None:
     """Raise one InputError naming every number that is out of its range.
 
-    >>> require_ranges(OptimOptions(warmup=10))
+    >>> require_ranges(OptimOptions(warmup=10), DataOptions(Path("rows.jsonl")))
     Traceback (most recent call last):
     ...
     lora_jax.errors.InputError: warmup is 10, expected between 0 and 1
     """
+    values = vars(optim) | vars(data)
     wrong = [
-        f"{name} is {value:g}, expected between {low:g} and {high:g}"
+        f"{name} is {values[name]:g}, expected between {low:g} and {high:g}"
         for name, (low, high) in _RANGES.items()
-        if not low <= (value := getattr(options, name)) <= high or math.isinf(value)
+        if not low <= values[name] <= high or math.isinf(values[name])
     ]
     if wrong:
         raise InputError("; ".join(wrong))

@@ -1,7 +1,7 @@
 """What a person sees while a model trains: one line that moves, or a line now and then in a log."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,14 +21,14 @@ class TrainingProgress:
       console: where to show it.
       steps: updates in the run.
       positions: positions computed in an update, padding included.
-      schedule: learning rate by updates done.
+      rates: learning rate of each update.
     """
 
     def __init__(
-        self, console: Console, steps: int, positions: int, schedule: Callable[[int], float]
+        self, console: Console, steps: int, positions: int, rates: Sequence[float]
     ) -> None:
         self._console, self._steps, self._positions = console, steps, positions
-        self._schedule = schedule
+        self._rates = rates
         self._logged = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -55,10 +55,7 @@ class TrainingProgress:
     def show(self, report: StepReport) -> None:
         """One update more."""
         rate = self._positions / report.seconds
-        line = (
-            f"loss {report.loss:.3f} · lr {float(self._schedule(report.step - 1)):.1e} · "
-            f"{rate:,.0f} tok/s"
-        )
+        line = f"loss {report.loss:.3f} · lr {self._rates[report.step - 1]:.1e} · {rate:,.0f} tok/s"
         self._bar.update(self._task, completed=report.step, description=line)
         if not self._console.is_terminal and self._is_due(report.step):
             left = (self._steps - report.step) * report.seconds

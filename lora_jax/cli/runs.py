@@ -8,7 +8,9 @@ answers.json     the prompts, answered before and after
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_jax.cli.parsing import read_yaml
 from lora_jax.errors import InputError
@@ -28,16 +30,17 @@ def require_free(directory: Path) -> None:
     Raises:
       InputError: something is there already, or the disk can't be written to.
     """
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise InputError(f"{directory} already holds something: name a new directory with --out")
     path = directory.absolute()
-    parent = next(each for each in (path, *path.parents) if each.exists())
+    parent = path
     try:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise InputError(f"{directory} already holds something: name a new directory")
+        parent = next(each for each in (path, *path.parents) if each.exists())
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(b"lora-jax")
     except OSError as error:
         raise InputError(
-            f"can't write to {parent}: {error.strerror}; choose another --out"
+            f"can't write to {parent}: {error.strerror}; choose another directory"
         ) from error
 
 
@@ -62,15 +65,27 @@ def model_of(run: Path, model: str | None) -> str:
     Raises:
       InputError: no model is given and the directory doesn't say.
     """
-    if model is not None:
-        return model
-    config = run / CONFIG
-    if config.is_file():
-        return read_yaml(config)["model"]["model"]
-    raise InputError(f"{run} doesn't say which base it belongs to: give --model")
+    named = model or _of_config(run, "model").get("model")
+    if not isinstance(named, str):
+        raise InputError(f"{run} doesn't say which base it belongs to: give --model")
+    return named
+
+
+def dtype_of(run: Path) -> str | None:
+    """The dtype that a run was trained in; None where the directory doesn't say."""
+    return _of_config(run, "model").get("dtype")
 
 
 def prompts_of(run: Path) -> tuple[str, ...]:
     """The prompts that a run was sampled with; none where it wasn't."""
-    config = run / CONFIG
-    return tuple(read_yaml(config).get("prompts") or ()) if config.is_file() else ()
+    prompts = _config(run).get("prompts")
+    return tuple(map(str, prompts)) if isinstance(prompts, list) else ()
+
+
+def _of_config(run: Path, group: str) -> Mapping[str, Any]:
+    options = _config(run).get(group)
+    return options if isinstance(options, Mapping) else {}
+
+
+def _config(run: Path) -> Mapping[str, Any]:
+    return read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}

@@ -1,6 +1,7 @@
 """One training run from its options to its directory, in the order in which it happens."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +31,7 @@ from lora_jax.cli.tasks import Judgement, LossFn, Task
 from lora_jax.cli.terminal import open_console
 from lora_jax.cli.train import Options
 from lora_jax.data.batches import Batch, eval_batches, train_batches
+from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.site import Plan
@@ -53,7 +56,7 @@ def train(options: Options) -> int:
     judge = judge_of(task, options.max_new_tokens)
     adapter = lora.init(jax.random.key(options.data.seed), task.base.params, task.plan)
     with console.status("answering and evaluating before training"):
-        before = judge_base(task, options.max_new_tokens, lambda: judge(adapter))
+        before = judge_base(task, options.max_new_tokens, lambda: judge(adapter), console)
 
     steps = task.rows.batches.steps
     schedule = schedule_of(options.optim, steps)
@@ -62,14 +65,16 @@ def train(options: Options) -> int:
 
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / runs.CONFIG).write_text(as_yaml(options), encoding="utf-8")
+    rates = jax.device_get(jax.vmap(schedule)(jnp.arange(steps))).tolist()
     losses: list[float] = []
-    with TrainingProgress(console, steps, positions_per_update(task), schedule) as progress:
+    with TrainingProgress(console, steps, positions_per_update(task), rates) as progress:
 
         def observe(report: StepReport) -> None:
+            require_finite(report)
             if not losses:
                 console.print(f"first update after {time.perf_counter() - started:.1f} s")
             losses.append(report.loss)
-            rate = float(schedule(report.step - 1))
+            rate = rates[report.step - 1]
             append_metrics(options.out / runs.METRICS, **report._asdict(), learning_rate=rate)
             progress.show(report)
 
@@ -91,19 +96,22 @@ def train(options: Options) -> int:
 
 def prepare(options: Options, console: Console) -> Task:
     """Read, load and plan everything, so that whatever is wrong is found before it costs time."""
-    require_ranges(options.optim)
+    require_ranges(options.optim, options.data)
+    config = lora_config(options.lora)
     rows = datasets.read(options.data)
     base = load_base(options.model.model, options.model.dtype, console)
     console.print(f"model     {base.name} ({base.source})", soft_wrap=True)
     data, single = options.data, replace(options.data, epochs=1, accumulate=1)
-    sequences = datasets.pack(data, rows.train, base)
-    heldout = datasets.pack(single, rows.heldout, base) if rows.heldout else None
+    sequences = datasets.pack(data, rows.train, base, console)
+    heldout = datasets.pack(single, rows.heldout, base, console) if rows.heldout else None
     console.print(f"training  {sequences.batches}", soft_wrap=True)
     console.print(f"held out  {heldout.batches if heldout else 'none'}", soft_wrap=True)
 
     model_fn = logits_of_batch(replace(base.config, remat=options.model.remat))
-    example = next(eval_batches(*datasets.pack(single, rows.train, base)))
-    plan = lora.plan(model_fn, base.params, example, config=lora_config(options.lora))
+    example = next(eval_batches(*sequences))
+    if sequences.batches.accumulate is not None:
+        example = Batch(*(leaf[0] for leaf in example))
+    plan = lora.plan(model_fn, base.params, example, config=config)
     require_writable(plan)
     console.print(lora.explain(plan, width=console.width), markup=False, soft_wrap=True)
     questions = datasets.questions(rows, options.prompts)
@@ -163,12 +171,21 @@ def compile_update(
     started = time.perf_counter()
     optim = options.optim
     tx = adamw(schedule, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
-    step = make_step(task.loss_fn, tx, accumulate=options.data.accumulate > 1)
+    step = make_step(task.loss_fn, tx, accumulate=task.rows.batches.accumulate is not None)
     state = init_state(adapter, tx)
     batch = next(eval_batches(*task.rows))
     update = jax.jit(step, donate_argnums=0).lower(state, task.base.params, batch).compile()
     console.print(f"compiled  in {time.perf_counter() - started:.1f} s")
     return state, update
+
+
+def require_finite(report: StepReport) -> None:
+    """Raise an InputError at the first loss or gradient that is not a number."""
+    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        raise InputError(
+            f"update {report.step} has loss {report.loss} and gradient norm {report.grad_norm}: "
+            "training stopped and no adapter was written; lower --learning-rate"
+        )
 
 
 def positions_per_update(task: Task) -> int:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from lora_jax.cli import runs
 from lora_jax.cli.answers import prompt_ids
-from lora_jax.cli.base import load_base
+from lora_jax.cli.base import load_base, require_same_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
 from lora_jax.cli.terminal import open_console
 from lora_jax.cli.verify import DISAGREES, Options
@@ -29,6 +29,7 @@ def verify_run(options: Options) -> int:
     console = open_console()
     enable_compilation_cache()
     base = load_base(runs.model_of(options.run, options.model), "float32", console)
+    require_same_base(directory, base)
     asked = options.prompts or tuple(dict.fromkeys((*runs.prompts_of(options.run), *EVERYDAY)))
     criteria = equivalence.Criteria(
         max_logit_difference=options.max_logit_difference, min_effect=options.min_effect

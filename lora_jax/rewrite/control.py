@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.rewrite.weight import NotLowRank, Weight, leading_slices
@@ -47,8 +48,16 @@ def while_loop(walk, eqn, *inputs):
     cond_consts, body_consts = inputs[:for_cond], inputs[for_cond : for_cond + for_body]
     carry = [walk.plain(x, eqn, CARRIED) for x in inputs[for_cond + for_body :]]
     condition = partial(walk.plain_function(eqn.params["cond_jaxpr"], eqn), *cond_consts)
-    body = partial(walk.plain_function(eqn.params["body_jaxpr"], eqn), *body_consts)
-    return lax.while_loop(lambda state: condition(*state)[0], lambda state: body(*state), carry)
+
+    def more(state):
+        return condition(*state[1])[0]
+
+    def body(state):
+        step, values = state
+        run = walk.at(step).plain_function(eqn.params["body_jaxpr"], eqn)
+        return step + 1, run(*body_consts, *values)
+
+    return lax.while_loop(more, body, (0, carry))[1]
 
 
 def scan(walk, eqn, *inputs):
@@ -56,15 +65,18 @@ def scan(walk, eqn, *inputs):
     consts, init, xs = _scan_inputs(eqn, inputs)
     init = [walk.plain(x, eqn, CARRIED) for x in init]
     slices = [_sliced_input(x) for x in xs]
-    body = walk.plain_function(eqn.params["jaxpr"], eqn)
+    # Layers need a number only to draw their own dropout.
+    numbers = None if walk.dropout_key is None else jnp.arange(eqn.params["length"])
 
-    def step(carry, scanned):
+    def step(carry, number_and_slices):
+        number, scanned = number_and_slices
         per_step = [each.rebuild(arrays) for each, arrays in zip(slices, scanned, strict=True)]
+        body = walk.at(number).plain_function(eqn.params["jaxpr"], eqn)
         outputs = body(*consts, *carry, *per_step)
         return outputs[: len(carry)], outputs[len(carry) :]
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, init, [each.arrays for each in slices], **options)
+    carry, ys = lax.scan(step, init, (numbers, [each.arrays for each in slices]), **options)
     return [*carry, *ys]
 
 

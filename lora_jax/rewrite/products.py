@@ -56,7 +56,8 @@ def dot_general(walk, eqn, lhs: Any, rhs: Any):
     if weight.a is None:
         return walk.bind(eqn, walk.value(lhs), walk.value(rhs))
     precision = eqn.params["precision"]
-    update = _low_rank_dot(weight, of_weight, x, of_x, weight_first, precision)
+    kept = walk.dropped(x, weight)
+    update = _low_rank_dot(weight, of_weight, kept, of_x, weight_first, precision)
     [base] = walk.bind(eqn, walk.value(lhs), walk.value(rhs))
     return [_sum_rounded_once(base, update)]
 
@@ -103,7 +104,8 @@ def convolution(walk, eqn, x: Any, weight: Any):
     out = weight.labels[out_axis]
     order = [RANK if label == out else label for label in weight.labels]
     kernel = _in_dtype(first, weight).grouped(*([label] for label in order))
-    update = _mixed_channels(_convolved(x, kernel, out_axis, params), second, weight, params)
+    hidden = _convolved(walk.dropped(x, weight), kernel, out_axis, params)
+    update = _mixed_channels(hidden, second, weight, params)
     [base] = walk.bind(eqn, x, weight.value)
     return [_sum_rounded_once(base, update)]
 
@@ -127,7 +129,8 @@ def ragged_dot(walk, eqn, x: Any, weight: Any, group_sizes: Any):
     options = {"precision": eqn.params["precision"], **_wide(weight)}
     down = _in_dtype(first, weight).grouped(expert, inputs, [RANK])
     up = _in_dtype(second, weight).grouped(expert, [RANK], outputs)
-    hidden = Factor(lax.ragged_dot(x, down, group_sizes, **options), (_TOKENS, RANK))
+    kept = walk.dropped(x, weight)
+    hidden = Factor(lax.ragged_dot(kept, down, group_sizes, **options), (_TOKENS, RANK))
     update = lax.ragged_dot(_scaled(hidden, weight).array, up, group_sizes, **options)
     [base] = walk.bind(eqn, x, weight.value, group_sizes)
     return [_sum_rounded_once(base, update)]
@@ -159,7 +162,8 @@ def _whole_rows(params, weight: Weight) -> _Operand:
     looked_up = tuple(numbers.start_index_map)
     free = tuple(k for k in range(len(shape)) if k not in looked_up)
     whole = all(params["slice_sizes"][k] == shape[k] for k in free)
-    if len(looked_up) != 1 or numbers.collapsed_slice_dims != looked_up or not whole:
+    batched = bool(numbers.operand_batching_dims)
+    if len(looked_up) != 1 or numbers.collapsed_slice_dims != looked_up or not whole or batched:
         raise NotLowRank("looks up something else than whole rows along one axis")
     return _Operand(contract=looked_up, batch=(), free=free)
 
@@ -206,10 +210,17 @@ def _meeting(weight: Weight, operand: _Operand) -> Meeting:
 def _ordered_factors(weight: Weight, contracted: list[int]) -> tuple[Factor, Factor]:
     """The factors, the one whose own axes are exactly the contracted ones first."""
     a, b = weight.factors()
+    units = {axis.label for axis in weight.axes if not axis.base}.intersection(contracted)
     for first, second in ((a, b), (b, a)):
-        if set(contracted) == set(weight.own_labels(first)):
-            return first, second
+        if set(contracted) - units == set(weight.own_labels(first)):
+            return first, _without(second, units)
     raise RolesContradict("contracts other axes than all of the input (or all of the output) axes")
+
+
+def _without(factor: Factor, units: set[int]) -> Factor:
+    for label in units:
+        factor = factor.without(label)
+    return factor
 
 
 def _low_rank_dot(

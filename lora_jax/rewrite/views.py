@@ -69,6 +69,10 @@ def dynamic_slice(walk, eqn, weight, *starts):
 def reshape(walk, eqn, weight):
     """Split and merge axes, each group within one role; add and drop axes of size 1."""
     [value] = walk.bind(eqn, weight.value)
+    order = eqn.params["dimensions"]
+    if order is not None:
+        axes = [weight.axes[axis] for axis in order]
+        weight = weight.viewed(lax.transpose(weight.value, order), axes)
     units = {axis for axis, size in enumerate(weight.value.shape) if size == 1}
     old_sizes = [size for size in weight.value.shape if size != 1]
     new_sizes = [size for size in value.shape if size != 1]

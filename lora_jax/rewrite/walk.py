@@ -5,17 +5,18 @@ its primitive's rule; where there is none, or the rule raises `NotLowRank`, the 
 W + ΔW is formed for that equation alone, inside whatever loop body it stands in.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from lora_jax.paths import named_leaves
+from lora_jax.paths import named_leaves, path_key
 from lora_jax.rewrite.control import CONTROL
 from lora_jax.rewrite.products import PRODUCTS, Meeting
-from lora_jax.rewrite.source import where
+from lora_jax.rewrite.source import as_from, where
 from lora_jax.rewrite.views import VIEWS
 from lora_jax.rewrite.weight import NotLowRank, Weight, effective_value
 
@@ -38,11 +39,34 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """One run over a jaxpr, and what it saw on the way."""
+    """One run over a jaxpr."""
 
-    notes: dict[tuple[str, int], Note] | None = None
-    """By leaf path and equation, because JAX may trace a loop body more than once; None where
-    nobody will read them."""
+    notes: dict[Hashable, Note] | None = None
+    """By leaf path, equation and view, because JAX may trace a loop body more than once; None
+    where nobody will read them."""
+    dropout_key: jax.Array | None = None
+    """Of this place in the program; None where nothing is dropped."""
+    inside: str = ""
+    """Where the enclosing equation stands, for inner ones that JAX keeps no place of."""
+
+    def within(self, eqn: JaxprEqn) -> "Walk":
+        """The walk inside an equation that has an inner function."""
+        return self if self.notes is None else replace(self, inside=where(eqn) or self.inside)
+
+    def at(self, place: Any) -> "Walk":
+        """The walk at one equation or one step of a loop, with a dropout key of its own."""
+        if self.dropout_key is None:
+            return self
+        return replace(self, dropout_key=jax.random.fold_in(self.dropout_key, place))
+
+    def dropped(self, x: Any, weight: Weight) -> Any:
+        """A's input under dropout: entries are zero at the site's rate, the rest scaled up."""
+        rate = weight.site.dropout
+        if self.dropout_key is None or rate == 0:
+            return x
+        key = path_key(self.dropout_key, weight.site.path)
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
     def function(self, jaxpr: Jaxpr | ClosedJaxpr) -> Callable[..., list[Any]]:
         """The jaxpr as a function from its inputs, weights or arrays, to a list of outputs."""
@@ -76,10 +100,12 @@ class Walk:
         """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
         if self.notes is None:
             return
-        key = weight.site.path, id(eqn)
+        key = weight.site.path, id(eqn), weight.axes
         operation = eqn.primitive.name
         present = frozenset().union(*(axis.base for axis in weight.axes))
-        self.notes[key] = Note(weight.site.path, operation, where(eqn), present, **seen)
+        self.notes[key] = Note(
+            weight.site.path, operation, where(eqn) or self.inside, present, **seen
+        )
 
     def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
@@ -87,16 +113,17 @@ class Walk:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else env[atom]
 
-        for eqn in jaxpr.eqns:
-            outputs = self._step(eqn, [read(atom) for atom in eqn.invars])
+        for place, eqn in enumerate(jaxpr.eqns):
+            with as_from(eqn):
+                outputs = self._step(eqn, place, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
+    def _step(self, eqn: JaxprEqn, place: int, inputs: list[Any]) -> Sequence[Any]:
         if not any(isinstance(x, Weight) for x in inputs):
             return self.bind(eqn, *inputs)
         try:
-            return _rule_for(eqn)(self, eqn, *inputs)
+            return _rule_for(eqn)(self.at(place).within(eqn), eqn, *inputs)
         except NotLowRank as refusal:
             return self.bind(eqn, *(self.plain(x, eqn, refusal) for x in inputs))
 

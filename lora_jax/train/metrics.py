@@ -16,7 +16,7 @@ def append_metrics(path: Path, **record: Any) -> None:
     '{"step": 1, "loss": 2.5}\\n'
     """
     with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(record) + "\n")
+        log.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def plot_loss(path: Path, losses: Sequence[float], heldout: dict[int, float]) -> None:

@@ -13,7 +13,7 @@ def warmup_cosine(peak: float, steps: int, warmup: int, floor: float = 0.0) -> o
       peak: largest learning rate.
       steps: updates in the whole run.
       warmup: updates in the warm-up, fewer than ``steps``.
-      floor: the final learning rate as a share of ``peak``.
+      floor: what the rate falls towards, as a share of ``peak``; update ``steps`` would have it.
 
     Source of the cosine: Loshchilov and Hutter, "SGDR", arXiv:1608.03983, without restarts.
 

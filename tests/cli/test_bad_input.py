@@ -70,7 +70,7 @@ CASES = {
     "unknown config key": (
         ["--config", "config.yaml"], config_with_typo, ["lora.rnak", "lora.rank"],
     ),
-    "directory of another run": ([], earlier_run, ["out already holds something", "--out"]),
+    "directory of another run": ([], earlier_run, ["out already holds something", "new directory"]),
     "no permission to write": (["--out", "/proc/run"], None, ["can't write to /proc"]),
     "rank of zero": (["--rank", "0"], None, ["at least 1, got 0"]),
     "rates out of range": (

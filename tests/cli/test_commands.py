@@ -164,3 +164,33 @@ def test_interrupt_keeps_what_was_learned(tmp_path):
     updates = len(metrics.read_text().splitlines())
     assert 0 < updates < 1000
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
+    data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
+    words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs", "9"]
+    assert main([*words, "--learning-rate", "1e30", "--clip-norm", "1e30"]) == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+    assert not (out / "adapter").exists()
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        assert np.isfinite(json.loads(line)["loss"])
+
+
+def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
+    data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
+    words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
+    assert main([*words, "--dtype", "bfloat16", "--max-new-tokens", "4"]) == 0
+    assert main(["generate", str(out), "--prompts", "Hi", "--max-new-tokens", "4"]) == 0
+    assert main(["merge", str(out), str(tmp_path / "merged")]) == 0
+    assert "bfloat16 weights" in capsys.readouterr().out
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
+    rows = [("Hi", "Hello"), ("Hi", "word " * 60)]
+    data, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "run"
+    words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
+    words += ["--max-length", "64", "--truncate", "drop", "--epochs", "1", "--max-new-tokens", "2"]
+    assert main(words) == 0
+    assert "1 rows left out, 0 cut at 64 tokens" in capsys.readouterr().out

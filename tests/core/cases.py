@@ -191,6 +191,28 @@ def _name_and_barrier(params, x):
     return x @ checkpoint_name(lax.optimization_barrier(params["w"]), "kernel")
 
 
+def _fortran_order(params, x):
+    return x @ params["w"].ravel(order="F").reshape(4, 4)
+
+
+def _fortran_square(params, x):
+    return x @ jnp.reshape(params["w"], (4, 4), order="F")
+
+
+def _one_batched_expert(params, x):
+    picked = jax.vmap(lambda w, i: w[i])(params["w"], jnp.zeros(1, jnp.int32))
+    return x @ picked.T
+
+
+def _one_head(params, x):
+    return jnp.einsum("thd,hdo->to", x[:, None], params["w"].reshape(1, 4, 6))
+
+
+def _shared_jit(params, x):
+    product = jax.jit(lambda w, y: y @ w)
+    return product(params["w"].T, product(params["w"], x))
+
+
 def _flipped(params, x):
     return x @ params["w"][::-1]
 
@@ -251,6 +273,12 @@ CASES = [
          ("w",)),
     Case("name_and_barrier", _name_and_barrier, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
     Case("flipped", _flipped, {"w": (4, 6)}, (2, 4), {"w": "in out"}, ("w",)),
+    Case("fortran_order", _fortran_order, {"w": (4, 4)}, (2, 4), {"w": "in out"}, ("w",)),
+    Case("fortran_square", _fortran_square, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
+    Case("one_batched_expert", _one_batched_expert, {"w": (1, 3, 4)}, (2, 4), {"w": "stack in out"},
+         ("w",), axes=(("w", "stack in out"),)),
+    Case("one_head", _one_head, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
+    Case("shared_jit", _shared_jit, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What a plan says, and what it refuses."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,7 +34,7 @@ def test_first_matching_rule_wins_and_exclude_wins_over_all():
         "k_proj/kernel": (1, 3.0),
         "q_proj/kernel": (2, 4.0),
     }
-    assert list(make_plan(targets=targets, exclude=("k_proj/.*",))) == ["q_proj/kernel"]
+    assert list(make_plan(targets=".*proj/kernel", exclude="k_proj/.*")) == ["q_proj/kernel"]
 
 
 def test_rslora_divides_by_the_root_of_the_rank():
@@ -99,6 +101,18 @@ BAD_PLANS = {
         {"targets": "q_proj/bias"},
         ["'q_proj/bias' of shape (6,) is never contracted"],
     ),
+    "exclude and axes that match nothing": (
+        {"targets": "q_proj/kernel", "exclude": "typo", "axes": (("other", "in out"),)},
+        ["exclude 'typo' matches no leaf", "axes 'other' matches no leaf"],
+    ),
+    "shadowed rule": (
+        {"targets": (".*_proj/kernel", Rule("k_proj/.*", rank=1))},
+        ["'k_proj/.*' decides nothing", "put it first"],
+    ),
+    "everything excluded": (
+        {"targets": "k_proj/kernel", "exclude": "k_proj.*"},
+        ["'k_proj/kernel' decides nothing"],
+    ),
     "rank too large": (
         {"targets": "q_proj/kernel", "rank": 5},
         ["'q_proj/kernel': rank 5 exceeds 4", "4 x 6"],
@@ -122,6 +136,8 @@ BAD_CONFIGS = {
     "rank": ({"rank": 0, "targets": "w"}, "rank of 'w' must be an integer of at least 1, got 0"),
     "alpha": ({"alpha": float("nan"), "targets": "w"}, "alpha of 'w' must be"),
     "pattern": ({"targets": "("}, "'(' is not a regular expression"),
+    "init": ({"targets": "w", "init": "gausian"}, "there are kaiming_uniform, gaussian"),
+    "dropout": ({"targets": "w", "dropout": 1.0}, "dropout of 'w' must be"),
     "empty": ({"targets": ()}, "targets is empty"),
     "std": ({"targets": "w", "init_std": -1.0}, "init_std of 'w'"),
     "roles": ({"targets": "w", "axes": (("w", "in"),)}, "at least one 'in' and one 'out'"),
@@ -200,3 +216,31 @@ def test_static_arguments_reach_the_function_as_they_are():
     twice = lora.adapt(flagged, plan)(PARAMS, adapter, X, double=True, name="given")
     once = lora.adapt(flagged, plan)(PARAMS, adapter, X, double=False, name="given")
     assert (twice == 2 * once).all()
+
+
+def test_named_scopes_survive_in_the_compiled_program():
+    def scoped(params, x):
+        with jax.named_scope("my_layer"):
+            return jnp.tanh(x @ params["q_proj"]["kernel"])
+
+    plan = lora.plan(scoped, PARAMS, X, config=LoraConfig(2, targets="q_proj/kernel"))
+    adapter = lora.init(jax.random.key(0), PARAMS, plan)
+    lowered = jax.jit(lora.adapt(scoped, plan)).lower(PARAMS, adapter, X)
+    assert "my_layer" in lowered.compile().as_text()
+
+
+def test_lookups_name_the_users_line():
+    def lookup(params, ids):
+        return jnp.take(params["q_proj"]["kernel"], ids, axis=0)
+
+    config = LoraConfig(2, targets="q_proj/kernel")
+    [use] = lora.plan(lookup, PARAMS, jnp.arange(3), config=config)["q_proj/kernel"].uses
+    assert use.operation == "gather"
+    assert "test_planning.py" in use.where
+
+
+@pytest.mark.parametrize("mode", ["low_rank", "merge"])
+def test_the_signature_is_the_adapted_functions_own(mode):
+    plan = make_plan(targets="q_proj/kernel")
+    signature = inspect.signature(lora.adapt(model_fn, plan, mode=mode))
+    assert list(signature.parameters)[:2] == ["params", "adapter"]

@@ -112,7 +112,7 @@ def test_composes_with_jit_vmap_and_remat(case):
 def test_dtype_is_the_base_functions_and_inputs_stay(case):
     params, x, plan = setup(case, dtype=jnp.bfloat16)
     adapter = random_adapter(plan, jnp.float32)
-    before = jax.tree.map(np.asarray, (params, adapter, x))
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), (params, adapter, x))
     got = lora.adapt(case.model_fn, plan)(params, adapter, x)
     want = case.model_fn(params, x)
     assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(lambda leaf: leaf.dtype, want)

@@ -49,7 +49,7 @@ def test_merge_mode_gives_the_same_loss_and_gradients(run):
     base = load_base("smollm2-135m", "float32", open_console())
     adapter, plan = read_adapter(run / "adapter", base)
     options = DataOptions(ROOT / "examples/data/identity_heldout.jsonl", batch_size=1)
-    batch = next(eval_batches(*pack(options, read(options).train, base)))
+    batch = next(eval_batches(*pack(options, read(options).train, base, open_console())))
     model_fn = logits_of_batch(base.config)
 
     def value_and_grad(mode):
