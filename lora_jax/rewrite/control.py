@@ -5,6 +5,7 @@ because those differ between JAX versions. To add one: write it and give it a ro
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,9 +26,22 @@ def jit(walk, eqn, *inputs):
 
 
 def remat(walk, eqn, *inputs):
-    """jax.checkpoint with its own policy."""
-    inner = walk.function(eqn.params["jaxpr"])
-    options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+    """jax.checkpoint with its own policy, which is not asked about products with the second factor.
+
+    A policy that saves dots would keep an array of the output's size more for each adapted
+    weight; the rank-sized product before it is saved as the policy says.
+    """
+    second_factors: set[tuple[int, tuple[int, ...]]] = set()
+    inner = replace(walk, second_factors=second_factors).function(eqn.params["jaxpr"])
+    policy = eqn.params["policy"]
+
+    def saves(primitive, *avals, **params):
+        operands = {(number, aval.shape) for number, aval in enumerate(avals)}
+        if primitive.name == "dot_general" and operands & second_factors:
+            return False
+        return policy(primitive, *avals, **params)
+
+    options = {"policy": policy and saves, "prevent_cse": eqn.params["prevent_cse"]}
     return jax.checkpoint(inner, **options)(*inputs)
 
 

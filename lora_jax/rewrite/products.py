@@ -57,7 +57,7 @@ def dot_general(walk, eqn, lhs: Any, rhs: Any):
         return walk.bind(eqn, walk.value(lhs), walk.value(rhs))
     precision = eqn.params["precision"]
     kept = walk.dropped(x, weight)
-    update = _low_rank_dot(weight, of_weight, kept, of_x, weight_first, precision)
+    update = _low_rank_dot(walk, weight, of_weight, kept, of_x, weight_first, precision)
     [base] = walk.bind(eqn, walk.value(lhs), walk.value(rhs))
     return [_sum_rounded_once(base, update)]
 
@@ -224,7 +224,13 @@ def _without(factor: Factor, units: set[int]) -> Factor:
 
 
 def _low_rank_dot(
-    weight: Weight, of_weight: _Operand, x: jax.Array, of_x: _Operand, weight_first: bool, precision
+    walk,
+    weight: Weight,
+    of_weight: _Operand,
+    x: jax.Array,
+    of_x: _Operand,
+    weight_first: bool,
+    precision,
 ) -> jax.Array:
     """scale·(x·A)·B in the layout of the base product, in float32 or wider."""
     contracted, batch, free = ([weight.labels[k] for k in axes] for axes in of_weight)
@@ -233,6 +239,7 @@ def _low_rank_dot(
         raise RolesContradict("runs in batch over an input or output axis")
     tokens = _labelled_activation(x, of_x, contracted, batch)
     down, up = _in_dtype(first, weight), _in_dtype(second, weight)
+    _remember(walk, up, weight, weight_first)
     options = {"precision": precision, **_wide(weight)}
     sides = (down, tokens) if weight_first else (tokens, down)
     hidden = _scaled(contract(*sides, contracted, **options), weight)
@@ -240,6 +247,16 @@ def _low_rank_dot(
     product = contract(*sides, [RANK], **options)
     order = (*batch, *free, _TOKENS) if weight_first else (*batch, _TOKENS, *free)
     return product.grouped(*((label,) for label in order))
+
+
+def _remember(walk, up: Factor, weight: Weight, weight_first: bool) -> None:
+    """The shape in which `contract` will take the second factor."""
+    stack = [label for label in up.labels if label in weight.stack_labels()]
+    matrix = (up.size([RANK]), up.size(weight.own_labels(up)))
+    lead = (up.size(stack),) if stack else ()
+    walk.remember_second_factor(
+        1 - weight_first, (*lead, *(matrix[::-1] if weight_first else matrix))
+    )
 
 
 def _labelled_activation(x, axes: _Operand, contracted: list[int], batch: list[int]) -> Factor:

@@ -46,6 +46,8 @@ class Walk:
     where nobody will read them."""
     dropout_key: jax.Array | None = None
     """Of this place in the program; None where nothing is dropped."""
+    second_factors: set[tuple[int, tuple[int, ...]]] | None = None
+    """Inside a remat: operand number and shape of the factors that meet the rank-sized product."""
     inside: str = ""
     """Where the enclosing equation stands, for inner ones that JAX keeps no place of."""
 
@@ -58,6 +60,11 @@ class Walk:
         if self.dropout_key is None:
             return self
         return replace(self, dropout_key=jax.random.fold_in(self.dropout_key, place))
+
+    def remember_second_factor(self, operand: int, shape: tuple[int, ...]) -> None:
+        """Tell an enclosing remat that products whose operand has this shape are ours."""
+        if self.second_factors is not None:
+            self.second_factors.add((operand, shape))
 
     def dropped(self, x: Any, weight: Weight) -> Any:
         """A's input under dropout: entries are zero at the site's rate, the rest scaled up."""
