@@ -145,15 +145,17 @@ class Traced(NamedTuple):
     """A function of parameters as a jaxpr over named leaves."""
 
     jaxpr: ClosedJaxpr
+    paths: tuple[str, ...]
+    """The jaxpr's first inputs, in their order."""
     leaves: dict[str, Any]
-    """The array leaves of the parameter tree by path: the jaxpr's first inputs."""
+    """The array leaves of the parameter tree by path, in any order."""
     others: list[Any]
     """The array leaves of the other arguments: the rest of its inputs."""
     output_tree: Any
 
     def run(self, walk: Walk, weights: Mapping[str, Weight]) -> Any:
         """The function's output, with the given leaves replaced by symbolic weights."""
-        inputs = [weights.get(path, leaf) for path, leaf in self.leaves.items()]
+        inputs = [weights.get(path, self.leaves[path]) for path in self.paths]
         outputs = walk.function(self.jaxpr)(*inputs, *self.others)
         plain = [x if not isinstance(x, Weight) else effective_value(x) for x in outputs]
         return jax.tree.unflatten(self.output_tree, plain)
@@ -181,7 +183,7 @@ def trace(function: Callable[..., Any], params: Any, args: tuple, kwargs: dict) 
     arrays = [leaves[index] for index in dynamic]
     jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
     named = {path: leaf for path, leaf in named_leaves(params).items() if _is_array(leaf)}
-    return Traced(jaxpr, named, arrays[len(named) :], output_trees[-1])
+    return Traced(jaxpr, tuple(named), named, arrays[len(named) :], output_trees[-1])
 
 
 def _is_array(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a plan says, and what it refuses."""
 
 import inspect
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +245,32 @@ def test_the_signature_is_the_adapted_functions_own(mode):
     plan = make_plan(targets="q_proj/kernel")
     signature = inspect.signature(lora.adapt(model_fn, plan, mode=mode))
     assert list(signature.parameters)[:2] == ["params", "adapter"]
+
+
+class Unsorted(NamedTuple):
+    """Leaves whose order in the tree is not that of their paths."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+
+@pytest.mark.parametrize("tree", ["named_tuple", "keys_before_the_slash"])
+def test_leaves_keep_their_order_whatever_their_paths(tree):
+    weight, bias = jnp.ones((4, 6)), jnp.ones(6)
+    trees = {
+        "named_tuple": (Unsorted(weight, bias), lambda p: tuple(p)),
+        "keys_before_the_slash": (
+            {"w": {"weight": weight}, "w-bias": bias},
+            lambda p: (p["w"]["weight"], p["w-bias"]),
+        ),
+    }
+    params, unpack = trees[tree]
+
+    def affine(params, x):
+        weight, bias = unpack(params)
+        return x @ weight + bias
+
+    plan = lora.plan(affine, params, X, config=LoraConfig(2, targets=".*weight"))
+    adapter = lora.init(jax.random.key(0), params, plan)
+    got = lora.adapt(affine, plan)(params, adapter, X)
+    assert jnp.allclose(got, affine(params, X))
