@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from jax.extend.core import JaxprEqn
 from jax.extend.source_info_util import current_name_stack, summarize, user_context
 
-_LIBRARY = re.compile(r"-packages[/\\](jax|jaxlib|flax|haiku|equinox)[/\\]")
+_LIBRARY = re.compile(
+    r"-packages[/\\](jax|jaxlib|flax|haiku|equinox)[/\\]|[/\\]lora_jax[/\\]rewrite[/\\]"
+)
 
 
 def where(eqn: JaxprEqn) -> str:
