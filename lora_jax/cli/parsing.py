@@ -83,7 +83,7 @@ def _file_flags(kind: type, words: Sequence[str]) -> list[str]:
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
     """What follows ``flag``, as the next word or after ``=``; None where it isn't given."""
-    after = dict(zip(words, [*words[1:], None], strict=True))
+    after = dict(zip(words, [*words[1:], None], strict=False))
     joined = (word.partition("=")[2] for word in words if word.startswith(f"{flag}="))
     return after.get(flag) or next(joined, None)
 
@@ -106,7 +106,13 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
-    return [flag, *map(str, value if isinstance(value, list) else [value])]
+    values = [str(each) for each in (value if isinstance(value, list) else [value])]
+    dashed = [each for each in values if isinstance(value, str | list) and each.startswith("-")]
+    if dashed:
+        raise InputError(
+            f"config file: {flag} has {dashed}, which would be read as flags: reword it"
+        )
+    return [flag, *values]
 
 
 def _nearest(key: str, keys: Mapping[str, str]) -> str:

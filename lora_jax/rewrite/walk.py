@@ -108,6 +108,8 @@ class Walk:
         if self.notes is None:
             return
         key = weight.site.path, id(eqn), weight.axes
+        if key in self.notes and self.notes[key].refusal and "refusal" not in seen:
+            return  # One equation may use the same view twice: what is merged must stay told.
         operation = eqn.primitive.name
         present = frozenset().union(*(axis.base for axis in weight.axes))
         self.notes[key] = Note(

@@ -127,3 +127,17 @@ def snapshot(folder):
         for root, _, names in os.walk(folder)
         for name in names
     }
+
+
+def test_train_without_arguments_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train"])
+    assert leaving.value.code == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_flags_hidden_in_a_config_file_are_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text('prompts: ["--rank", "3"]\n')
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["train", "--config", str(tmp_path / "config.yaml"), *out]) == 2
+    assert "--rank" in capsys.readouterr().err

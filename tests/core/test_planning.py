@@ -274,3 +274,12 @@ def test_leaves_keep_their_order_whatever_their_paths(tree):
     adapter = lora.init(jax.random.key(0), params, plan)
     got = lora.adapt(affine, plan)(params, adapter, X)
     assert jnp.allclose(got, affine(params, X))
+
+
+def test_a_weight_used_twice_by_one_operation_is_told_as_merged():
+    def squared(params, x):
+        return x @ (params["w"] @ params["w"])
+
+    config = LoraConfig(rank=1, targets="w")
+    with pytest.raises(InputError, match=r"is merged at .*another adapted weight"):
+        lora.plan(squared, {"w": jnp.ones((4, 4))}, X, config=config, strict=True)
