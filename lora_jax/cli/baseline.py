@@ -4,6 +4,7 @@ They depend on nothing that training changes, so a second start of the same trai
 in the cache directory, beside the compiled programs.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax.cli.tasks import Judgement, Task
+from lora_jax.errors import InputError
 
 
 def judge_base(
@@ -68,5 +70,6 @@ def _read(path: Path, questions: int) -> Judgement | None:
 def _write(path: Path, judgement: Judgement) -> None:
     from interop.files import write_text
 
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(path, json.dumps(judgement._asdict()))
+    with contextlib.suppress(OSError, InputError):  # A cache that is full costs time, not the run.
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(path, json.dumps(judgement._asdict()))

@@ -141,3 +141,11 @@ def test_flags_hidden_in_a_config_file_are_refused(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert main(["train", "--config", str(tmp_path / "config.yaml"), *out]) == 2
     assert "--rank" in capsys.readouterr().err
+
+
+def test_cache_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_JAX_CACHE", "/proc/nope")
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    assert main(["train", "--model", "tiny", "--data", str(data), "--out", str(out)]) == 2
+    assert "LORA_JAX_CACHE" in capsys.readouterr().err
+    assert not out.exists()
