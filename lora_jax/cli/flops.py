@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.cli.bench_flops import Options
+from lora_jax.cli.options import LINEAR_LAYERS
 from lora_jax.cli.training import adapted_loss, logits_of_batch
 from lora_jax.data.batches import Batch
 from lora_jax.models.config import DecoderConfig
@@ -20,8 +21,6 @@ from lora_jax.models.presets import PRESETS
 from lora_jax.site import Plan
 from lora_jax.train.optim import adamw
 from lora_jax.train.step import init_state, make_step
-
-TARGETS = r".*_proj/kernel"
 
 
 def step_flops(options: Options) -> tuple[float, dict[str, float]]:
@@ -52,7 +51,9 @@ def lowered_step(config: DecoderConfig, options: Options) -> tuple[Any, Plan]:
     """The compiled update over shapes alone, and its plan."""
     params, batch = param_shapes(config), _batch_shapes(options)
     model_fn = logits_of_batch(config)
-    lora_config = lora.LoraConfig(rank=options.rank, alpha=2.0 * options.rank, targets=TARGETS)
+    lora_config = lora.LoraConfig(
+        rank=options.rank, alpha=2.0 * options.rank, targets=LINEAR_LAYERS
+    )
     plan = lora.plan(model_fn, params, batch, config=lora_config)
     tx = adamw(1e-3)
     state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), params, plan), tx))

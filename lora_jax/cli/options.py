@@ -7,6 +7,9 @@ from typing import Literal
 
 from lora_jax.errors import InputError
 
+LINEAR_LAYERS = r".*_proj/kernel"
+"""Every linear layer of a decoder's blocks."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -50,7 +53,7 @@ class LoraOptions:
     """Inner size of A and B."""
     alpha: float = 32.0
     """The update is scaled by alpha/rank."""
-    targets: tuple[str, ...] = (r".*_proj/kernel",)
+    targets: tuple[str, ...] = (LINEAR_LAYERS,)
     """Regular expressions that match whole leaf paths; see: lora-jax inspect plan."""
     exclude: tuple[str, ...] = ()
     """Regular expressions over leaf paths that stay frozen."""

@@ -12,6 +12,7 @@ import optax
 
 import lora_jax as lora
 from lora_jax.cli.bench_step import Options
+from lora_jax.cli.options import LINEAR_LAYERS
 from lora_jax.models.decoder import Decoder, init_params
 from lora_jax.models.presets import PRESETS
 from lora_jax.train.losses import LossSum, cross_entropy
@@ -49,7 +50,7 @@ def _jax_update(config: Any, params: Any, tokens: np.ndarray, rank: int) -> Upda
     def model_fn(params: Any, tokens: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, tokens)[0]
 
-    lora_config = lora.LoraConfig(rank=rank, alpha=rank, targets=r".*_proj/kernel")
+    lora_config = lora.LoraConfig(rank=rank, alpha=rank, targets=LINEAR_LAYERS)
     plan = lora.plan(model_fn, params, batch, config=lora_config)
     adapted = lora.adapt(model_fn, plan)
 
