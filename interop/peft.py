@@ -199,12 +199,15 @@ def _site_problem(site: Site, rules: Mapping[str, Rule]) -> str | None:
     rule = rules.get(site.path)
     if rule is None:
         return f"belongs to no known torch module (nearest: {nearest(site.path, rules) or 'none'})"
+    if site.variant != "lora" or site.ranks or isinstance(site.scale, tuple):
+        kind = f"variant {site.variant!r}" if site.variant != "lora" else "unequal layers"
+        return f"has {kind}, which can't be written yet: plan with one rank and scale, or merge"
     if not rule.transposed:
         return "is not the weight of a linear layer; embeddings are not supported yet: exclude it"
     expected = ("stack", "in", "out") if rule.stacked else ("in", "out")
     if site.roles != expected:
         return f"has axis roles {site.roles}, a linear layer here has {expected}"
-    if not 0 < site.scale < math.inf:
+    if isinstance(site.scale, tuple) or not 0 < site.scale < math.inf:
         return f"has scale {site.scale}, expected a positive finite number"
     return None
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.adapter import LoraPair, cast, count
+    from lora_jax.adapter import DoraTriple, Full, LoraPair, Rows, cast, count
     from lora_jax.adapting import adapt
     from lora_jax.config import LoraConfig, Rule
     from lora_jax.errors import InputError
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from lora_jax.site import Plan, Site, Use
 
 _HOME = {
+    "DoraTriple": "adapter",
+    "Full": "adapter",
     "InputError": "errors",
     "LoraConfig": "config",
     "LoraPair": "adapter",
     "Plan": "site",
+    "Rows": "adapter",
     "Rule": "config",
     "Site": "site",
     "Use": "site",
@@ -41,8 +44,9 @@ _HOME = {
 }
 
 __all__ = [
-    "InputError", "LoraConfig", "LoraPair", "Plan", "Rule", "Site", "Use", "adapt", "cast",
-    "count", "explain", "init", "merge", "plan", "plan_from_axes", "rounding_loss",
+    "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Plan", "Rows", "Rule", "Site",
+    "Use", "adapt", "cast", "count", "explain", "init", "merge", "plan", "plan_from_axes",
+    "rounding_loss",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""The adapter: a flat dictionary ``{path: LoraPair}``, which is everything that trains."""
+"""The adapter: a flat dictionary ``{path: entry}``, which is everything that trains."""
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, nearest, require_known
-from lora_jax.site import Plan
+from lora_jax.site import Plan, Site
 
 
 class LoraPair(NamedTuple):
@@ -23,11 +24,66 @@ class LoraPair(NamedTuple):
     b: jax.Array
 
 
-Adapter = dict[str, LoraPair]
+class DoraTriple(NamedTuple):
+    """LoRA's factors and the magnitude of each output: W' = m · (W + ΔW) / ‖W + ΔW‖.
+
+    ``m`` has shape ``(*stack, *out)``, float32; the norm is over the input axes.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    m: jax.Array
+
+
+class Full(NamedTuple):
+    """A leaf that is trained whole, in float32 and in its own shape; cast to its dtype at use."""
+
+    value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a matrix that are trained, as of new tokens; the others stay the base's.
+
+    ``indices`` along the first axis are static, ``rows`` has shape ``(len(indices), features)``,
+    float32.
+    """
+
+    indices: tuple[int, ...] = field(metadata={"static": True})
+    rows: jax.Array
+
+
+Entry = LoraPair | DoraTriple | Full | Rows
+Adapter = dict[str, Entry]
+
+ENTRIES: dict[str, type] = {"lora": LoraPair, "dora": DoraTriple, "full": Full, "rows": Rows}
+"""The type of an adapter's entry, by the site's variant."""
+
+
+def entry_of(site: Site, arrays: dict[str, Any]) -> Any:
+    """The site's entry from its arrays by name."""
+    static = {"indices": site.rows} if site.variant == "rows" else {}
+    return ENTRIES[site.variant](**static, **arrays)
+
+
+def shapes_of(plan: Plan) -> dict[str, Any]:
+    """The adapter that belongs to ``plan``, as shapes: float32, nothing allocated.
+
+    >>> site = Site("w", (4, 6), "float32", ("in", "out"), rank=2, scale=1.0)
+    >>> shapes_of(Plan((site,), 24))["w"].b.shape
+    (2, 6)
+    """
+
+    def entry(site: Site) -> Any:
+        shapes = site.entry_shapes.items()
+        return entry_of(site, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes})
+
+    return {site.path: entry(site) for site in plan.sites}
 
 
 def count(adapter: Adapter) -> int:
-    """How many parameters the adapter holds.
+    """How many numbers the adapter's arrays hold.
 
     >>> count({"w": LoraPair(jnp.zeros((4, 2)), jnp.zeros((2, 6)))})
     20
@@ -36,7 +92,7 @@ def count(adapter: Adapter) -> int:
 
 
 def cast(adapter: Adapter, dtype: Any) -> Adapter:
-    """The adapter with every factor in ``dtype``.
+    """The adapter with every array in ``dtype``.
 
     >>> cast({"w": LoraPair(jnp.zeros((4, 2)), jnp.zeros((2, 6)))}, jnp.bfloat16)["w"].a.dtype
     dtype(bfloat16)
@@ -46,6 +102,11 @@ def cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def check(adapter: Adapter, plan: Plan) -> None:
     """Raise one InputError that names every way in which ``adapter`` does not fit ``plan``."""
+    if not isinstance(adapter, dict):
+        raise InputError(
+            f"the adapter is a {type(adapter).__name__}, expected {{path: entry}}: make it with "
+            "init(key, params, plan)"
+        )
     problems = list(_problems(adapter, plan))
     if problems:
         raise InputError("the adapter does not fit the plan: " + "; ".join(problems))
@@ -56,12 +117,19 @@ def check_params(params: Any, plan: Plan) -> None:
     leaves = named_leaves(params)
     require_known(plan, leaves)
     wrong = [
-        f"{site.path!r} has shape {tuple(leaves[site.path].shape)}, the plan says {site.shape}"
+        f"{site.path!r} is {found}, the plan says {expected}"
         for site in plan.sites
-        if tuple(leaves[site.path].shape) != site.shape
+        if (found := _kind(leaves[site.path])) != (expected := f"{site.dtype}{list(site.shape)}")
     ]
     if wrong:
-        raise InputError("params do not fit the plan: " + "; ".join(wrong))
+        raise InputError(
+            f"params do not fit the plan: {'; '.join(wrong)}; plan with the params that are used"
+        )
+
+
+def _kind(leaf: Any) -> str:
+    dtype = jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__
+    return f"{dtype}{list(getattr(leaf, 'shape', ()))}"
 
 
 def _problems(adapter: Adapter, plan: Plan) -> Iterable[str]:
@@ -71,17 +139,25 @@ def _problems(adapter: Adapter, plan: Plan) -> Iterable[str]:
     for path, entry in adapter.items():
         if path not in plan:
             yield f"entry {path!r} is not in the plan (nearest: {nearest(path, plan) or 'none'})"
-        elif not isinstance(entry, LoraPair):
-            yield f"entry {path!r} is a {type(entry).__name__}, expected a LoraPair(a, b)"
+        elif not isinstance(entry, expected := ENTRIES[plan[path].variant]):
+            fields = ", ".join(plan[path].entry_shapes)
+            kind = type(entry).__name__
+            yield f"entry {path!r} is a {kind}, expected a {expected.__name__}({fields})"
         else:
-            yield from _pair_problems(path, entry, plan)
+            yield from _entry_problems(entry, plan[path])
 
 
-def _pair_problems(path: str, pair: LoraPair, plan: Plan) -> Iterable[str]:
-    site = plan[path]
-    for name, expected in (("a", site.a_shape), ("b", site.b_shape)):
-        factor = getattr(pair, name)
-        if tuple(factor.shape) != expected:
-            yield f"{path!r}: {name} has shape {tuple(factor.shape)}, the plan says {expected}"
-        if not jnp.issubdtype(factor.dtype, jnp.floating):
-            yield f"{path!r}: {name} is {factor.dtype}, expected a floating dtype such as float32"
+def _entry_problems(entry: Entry, site: Site) -> Iterable[str]:
+    for name, expected in site.entry_shapes.items():
+        array = getattr(entry, name)
+        if not hasattr(array, "dtype"):
+            yield f"{site.path!r}: {name} is a {type(array).__name__}, expected an array"
+            continue
+        if tuple(array.shape) != expected:
+            yield f"{site.path!r}: {name} has shape {tuple(array.shape)}, the plan says {expected}"
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            yield (
+                f"{site.path!r}: {name} is {array.dtype}, expected a floating dtype such as float32"
+            )
+    if isinstance(entry, Rows) and entry.indices != site.rows:
+        yield f"{site.path!r} trains rows {entry.indices}, the plan says {site.rows}"

@@ -37,13 +37,15 @@ from functools import wraps
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter, check, check_params
 from lora_jax.errors import InputError
 from lora_jax.merging import merge
-from lora_jax.rewrite.walk import Walk, trace
+from lora_jax.rewrite.walk import Traced, Walk, trace
 from lora_jax.rewrite.weight import symbolic_weight
 from lora_jax.site import Plan
+from lora_jax.variants import effective_weight, factors_of
 
 Mode = Literal["low_rank", "merge"]
 
@@ -89,11 +91,7 @@ def adapt(
         check_params(params, plan)
         check(adapter, plan)
         traced = trace(model_fn, params, args, kwargs)
-        weights = {
-            site.path: symbolic_weight(site, traced.leaves[site.path], adapter[site.path])
-            for site in plan.sites
-        }
-        return traced.run(Walk(dropout_key=dropout_key), weights)
+        return _run(traced, plan, adapter, Walk(dropout_key=dropout_key))
 
     @wraps(model_fn)
     def merged(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
@@ -105,3 +103,21 @@ def adapt(
     # JAX finds arguments by name in the signature, and ours has the adapter in it.
     del adapted.__wrapped__
     return adapted
+
+
+def _run(traced: Traced, plan: Plan, adapter: Adapter, walk: Walk) -> Any:
+    """The function with symbolic weights for leaves that have factors, values for the others."""
+    leaves = {site.path: jnp.asarray(traced.leaves[site.path]) for site in plan.sites}
+    whole = {
+        site.path: effective_weight(site, leaves[site.path], adapter[site.path])
+        for site in plan.sites
+        if not site.roles
+    }
+    weights = {
+        site.path: symbolic_weight(
+            site, leaves[site.path], factors_of(site, leaves[site.path], adapter[site.path])
+        )
+        for site in plan.sites
+        if site.roles
+    }
+    return traced._replace(leaves={**traced.leaves, **whole}).run(walk, weights)

@@ -7,20 +7,27 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lora_jax.errors import InputError
-from lora_jax.site import INITIALISERS, ROLES, Role
+from lora_jax.site import INITIALISERS, ROLES, VARIANTS, Role
+from lora_jax.targets import PRESETS, Leaf, Target, described, matches
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A target pattern and what it overrides; ``None`` keeps the config's own value.
+    """A target and what it overrides; ``None`` keeps the config's own value.
+
+    ``rank`` and ``alpha`` may be tuples for a weight that stacks layers: one value for each
+    index of its first stack axis; rank 0 leaves that layer as it is.
 
     >>> Rule(r".*/mlp/.*", rank=4).rank
     4
     """
 
-    pattern: str
-    rank: int | None = None
-    alpha: float | None = None
+    target: Target
+    rank: int | tuple[int, ...] | None = None
+    alpha: float | tuple[float, ...] | None = None
+    variant: str | None = None
+    rows: tuple[int, ...] | None = None
+    """Of variant ``rows``: which indices of the first axis are trained."""
     init: str | None = None
     init_std: float | None = None
     dropout: float | None = None
@@ -33,9 +40,14 @@ class LoraConfig:
     Args:
       rank: size of the inner axis of A and B.
       alpha: numerator of the scale.
-      targets: regular expressions that match whole leaf paths, or `Rule` values; tried in
-        order, the first that matches decides.
-      exclude: regular expressions; a leaf that one of them matches is never adapted.
+      targets: tried in order, the first that matches decides. Each is a regular expression that
+        matches a whole leaf path; a preset, ``all-linear`` (every contracted weight but heads
+        and embeddings), ``attention``, ``mlp`` or ``square``; a function ``f(path, leaf)`` that
+        says yes or no; or a `Rule`, which overrides what is below for what it matches.
+      exclude: as targets; a leaf that one of them matches is never adapted.
+      variant: ``lora``; ``dora``, with a magnitude beside A and B (Liu et al.,
+        arXiv:2402.09353); ``full``, the leaf itself is trained, in float32 (norms, biases,
+        heads); ``rows``, some rows of it are (new tokens of an embedding).
       use_rslora: scale = alpha/√rank instead of alpha/rank (Kalajdzievski, arXiv:2312.03732).
       init: how A starts: ``kaiming_uniform`` (as PEFT does) or ``gaussian``. B starts at zero.
       init_std: standard deviation of ``gaussian``; 1/rank where not given, as in PEFT.
@@ -48,14 +60,16 @@ class LoraConfig:
       InputError: naming every value that is out of range or not a regular expression.
 
     >>> config = LoraConfig(rank=16, alpha=32, targets=(Rule(".*k_proj.*", rank=4), ".*proj.*"))
-    >>> config.rule_for("layers/k_proj/kernel").rank, config.rule_for("norm/scale")
+    >>> leaves = [Leaf(path, None) for path in ("layers/k_proj/kernel", "norm/scale")]
+    >>> config.rule_for(leaves[0]).rank, config.rule_for(leaves[1])
     (4, None)
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str | tuple[str | Rule, ...] = ()
-    exclude: str | tuple[str, ...] = ()
+    rank: int | tuple[int, ...] = 8
+    alpha: float | tuple[float, ...] = 16.0
+    targets: Target | Rule | tuple[Target | Rule, ...] = ()
+    exclude: Target | tuple[Target, ...] = ()
+    variant: str = "lora"
     use_rslora: bool = False
     init: str = "kaiming_uniform"
     init_std: float | None = None
@@ -63,42 +77,47 @@ class LoraConfig:
     axes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        problems = list(_problems(self))
+        problems = list(_type_problems(self)) or list(_problems(self))
         if problems:
             raise InputError("LoraConfig: " + "; ".join(problems))
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """``targets`` as rules, each completed by the config's own values."""
-        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-        return tuple(_completed(_as_rule(target), self) for target in targets)
+        return tuple(_completed(_as_rule(target), self) for target in _as_tuple(self.targets))
 
     @property
-    def exclude_patterns(self) -> tuple[str, ...]:
+    def excluded(self) -> tuple[Target, ...]:
         """``exclude`` as a tuple."""
-        return (self.exclude,) if isinstance(self.exclude, str) else self.exclude
+        return _as_tuple(self.exclude)
 
-    def rule_for(self, path: str) -> Rule | None:
-        """The first rule that matches ``path``; ``None`` if the leaf stays frozen."""
-        if any(re.fullmatch(pattern, path) for pattern in self.exclude_patterns):
+    def rule_for(self, leaf: Leaf) -> Rule | None:
+        """The first rule that matches ``leaf``; ``None`` if the leaf stays frozen."""
+        if any(matches(target, leaf) for target in self.excluded):
             return None
-        return next((rule for rule in self.rules if re.fullmatch(rule.pattern, path)), None)
+        return next((rule for rule in self.rules if matches(rule.target, leaf)), None)
 
     def roles_for(self, path: str) -> tuple[Role, ...] | None:
         """The axis roles that the user declared for ``path``, if any."""
-        matches = (roles for pattern, roles in self.axes if re.fullmatch(pattern, path))
-        found = next(matches, None)
+        matching = (roles for pattern, roles in self.axes if re.fullmatch(pattern, path))
+        found = next(matching, None)
         return None if found is None else parse_roles(found)
 
 
-def scale_of(rule: Rule, use_rslora: bool) -> float:
-    """alpha/rank, or alpha/√rank under rsLoRA.
+def scale_of(rule: Rule, use_rslora: bool) -> float | tuple[float, ...]:
+    """alpha/rank, or alpha/√rank under rsLoRA; a tuple where it differs along a stack.
 
     >>> scale_of(Rule(".*", rank=16, alpha=32), use_rslora=False)
     2.0
+    >>> scale_of(Rule(".*", rank=(4, 0, 16), alpha=32), use_rslora=False)
+    (8.0, 0.0, 2.0)
     """
-    rank, alpha = _given(rule.rank), _given(rule.alpha)
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
+    ranks, alphas = _as_tuple(_given(rule.rank)), _as_tuple(_given(rule.alpha))
+    count = max(len(ranks), len(alphas))
+    pairs = zip(_repeated(ranks, count), _repeated(alphas, count), strict=True)
+    scales = tuple(_scale(rank, alpha, use_rslora) for rank, alpha in pairs)
+    different = {scale for scale in scales if scale}
+    return different.pop() if len(different) == 1 else scales
 
 
 def parse_roles(text: str) -> tuple[Role, ...]:
@@ -117,8 +136,20 @@ def parse_roles(text: str) -> tuple[Role, ...]:
     return tuple(role for word in words for role in ROLES if role == word)
 
 
-def _as_rule(target: str | Rule) -> Rule:
-    return Rule(target) if isinstance(target, str) else target
+def _scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if use_rslora else rank) if rank else 0.0
+
+
+def _repeated(values: tuple, count: int) -> tuple:
+    return values * count if len(values) == 1 else values
+
+
+def _as_tuple(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _as_rule(target: Target | Rule) -> Rule:
+    return target if isinstance(target, Rule) else Rule(target)
 
 
 def _completed(rule: Rule, config: LoraConfig) -> Rule:
@@ -137,13 +168,30 @@ def _given(value: Any) -> Any:
     return value
 
 
+def _type_problems(config: LoraConfig) -> Iterable[str]:
+    """What would make the rest of the checks stumble."""
+    targets = {"targets": _as_tuple(config.targets), "exclude": config.excluded}
+    for name, values in targets.items():
+        for value in values:
+            target = value.target if isinstance(value, Rule) and name == "targets" else value
+            if not isinstance(target, str) and not callable(target):
+                yield (
+                    f"{name} has {value!r}: expected a regular expression, a preset "
+                    f"({', '.join(PRESETS)}) or a function of path and leaf"
+                )
+    pairs = config.axes if isinstance(config.axes, tuple | list) else [config.axes]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or [type(word) for word in pair] != [str, str]:
+            yield f"axes has {pair!r}: expected pairs (pattern, roles), as in ('.*', 'in out')"
+
+
 def _problems(config: LoraConfig) -> Iterable[str]:
     rules = config.rules
     if not rules:
-        yield "targets is empty: give at least one regular expression over leaf paths"
+        yield "targets is empty: give at least one, such as 'all-linear'"
     for rule in rules:
         yield from _rule_problems(rule)
-    patterns = [rule.pattern for rule in rules] + [*config.exclude_patterns]
+    patterns = [target for target in (*(r.target for r in rules), *config.excluded)]
     patterns += [pattern for pattern, _ in config.axes]
     yield from filter(None, map(_pattern_problem, patterns))
     for _, roles in config.axes:
@@ -151,21 +199,42 @@ def _problems(config: LoraConfig) -> Iterable[str]:
 
 
 def _rule_problems(rule: Rule) -> Iterable[str]:
-    if not isinstance(rule.rank, int) or isinstance(rule.rank, bool) or rule.rank < 1:
-        yield f"rank of {rule.pattern!r} must be an integer of at least 1, got {rule.rank!r}"
-    if not isinstance(rule.alpha, int | float) or not 0 < rule.alpha < math.inf:
-        yield f"alpha of {rule.pattern!r} must be a positive finite number, got {rule.alpha!r}"
+    name = described(rule.target)
+    ranks, alphas = _as_tuple(rule.rank), _as_tuple(rule.alpha)
+    least = 0 if len(ranks) > 1 else 1
+    if not all(_is_integer(rank) and rank >= least for rank in ranks) or not any(ranks):
+        yield (
+            f"rank of {name} must be an integer of at least 1, or a tuple of them along the "
+            f"stack (0: not adapted), got {rule.rank!r}"
+        )
+    if not all(_is_number(alpha) and 0 < alpha < math.inf for alpha in alphas) or not alphas:
+        yield f"alpha of {name} must be a positive finite number, got {rule.alpha!r}"
+    if len(ranks) > 1 and len(alphas) > 1 and len(ranks) != len(alphas):
+        yield f"{name} has {len(ranks)} ranks and {len(alphas)} alphas: give as many of both"
+    if rule.variant not in VARIANTS:
+        yield f"variant of {name} is {rule.variant!r}; there are {', '.join(VARIANTS)}"
+    if (rule.variant == "rows") != bool(rule.rows):
+        yield f"{name}: variant 'rows' needs the rows to train, as in Rule(..., rows=(5, 7))"
     if rule.init not in INITIALISERS:
-        yield f"init of {rule.pattern!r} is {rule.init!r}; there are {', '.join(INITIALISERS)}"
-    if rule.dropout is None or not 0 <= rule.dropout < 1:
-        yield f"dropout of {rule.pattern!r} must be at least 0 and below 1, got {rule.dropout!r}"
-    if rule.init_std is not None and not 0 < rule.init_std < math.inf:
-        yield f"init_std of {rule.pattern!r} must be positive and finite, got {rule.init_std!r}"
+        yield f"init of {name} is {rule.init!r}; there are {', '.join(INITIALISERS)}"
+    if not _is_number(dropout := rule.dropout) or dropout is None or not 0 <= dropout < 1:
+        yield f"dropout of {name} must be at least 0 and below 1, got {rule.dropout!r}"
+    std = rule.init_std
+    if std is not None and not (_is_number(std) and 0 < std < math.inf):
+        yield f"init_std of {name} must be positive and finite, got {std!r}"
 
 
-def _pattern_problem(pattern: str) -> str | None:
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pattern_problem(pattern: Target) -> str | None:
     try:
-        re.compile(pattern)
+        re.compile(pattern) if isinstance(pattern, str) else None
     except re.error as error:
         return f"{pattern!r} is not a regular expression: {error}"
     return None

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter, LoraPair, check_params
-from lora_jax.paths import path_key
+from lora_jax.adapter import Adapter, DoraTriple, Full, LoraPair, Rows, check_params
+from lora_jax.paths import named_leaves, path_key
 from lora_jax.site import Plan, Site
+from lora_jax.variants import at_least_float32, magnitude_norm, values_of
 
 
 def _kaiming_uniform(key: jax.Array, site: Site) -> jax.Array:
@@ -38,14 +39,16 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
 
     Args:
       key: a JAX random key.
-      params: the base parameter tree that ``plan`` was made from (arrays or shapes).
+      params: the base parameter tree that ``plan`` was made from. Plain LoRA needs its shapes
+        alone; a magnitude, a leaf trained whole and trained rows start from its values.
       plan: which weights are adapted, and how.
 
     Returns:
-      ``{path: LoraPair(a, b)}`` in float32.
+      ``{path: entry}`` in float32: `LoraPair`, `DoraTriple`, `Full` or `Rows`.
 
     Raises:
-      InputError: the plan names leaves that ``params`` lacks, or whose shape differs.
+      InputError: the plan names leaves that ``params`` lacks, or whose shape or dtype differs,
+        or whose values are needed and not there.
 
     >>> site = Site("w", (4, 6), "float32", ("in", "out"), rank=2, scale=1.0)
     >>> adapter = init(jax.random.key(0), {"w": jnp.ones((4, 6))}, Plan((site,), 24))
@@ -53,8 +56,47 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
     ((4, 2), 0.0)
     """
     check_params(params, plan)
-    return {site.path: _fresh(path_key(key, site.path), site) for site in plan.sites}
+    leaves = named_leaves(params)
+    return {
+        site.path: _FRESH[site.variant](path_key(key, site.path), site, leaves[site.path])
+        for site in plan.sites
+    }
 
 
-def _fresh(key: jax.Array, site: Site) -> LoraPair:
-    return LoraPair(_INITIALISERS[site.init](key, site), jnp.zeros(site.b_shape, jnp.float32))
+def _fresh_lora(key: jax.Array, site: Site, leaf: Any) -> LoraPair:
+    a = _INITIALISERS[site.init](key, site)
+    return LoraPair(_zero_beyond_rank(a, site), jnp.zeros(site.b_shape, jnp.float32))
+
+
+def _fresh_dora(key: jax.Array, site: Site, leaf: Any) -> DoraTriple:
+    pair = _fresh_lora(key, site, leaf)
+    return DoraTriple(*pair, magnitude_norm(site, values_of(site, leaf), pair))
+
+
+def _fresh_full(key: jax.Array, site: Site, leaf: Any) -> Full:
+    return Full(_copied(values_of(site, leaf)))
+
+
+def _fresh_rows(key: jax.Array, site: Site, leaf: Any) -> Rows:
+    return Rows(site.rows, at_least_float32(values_of(site, leaf)[jnp.array(site.rows)]))
+
+
+_FRESH: dict[str, Callable[[jax.Array, Site, Any], Any]] = {
+    "lora": _fresh_lora,
+    "dora": _fresh_dora,
+    "full": _fresh_full,
+    "rows": _fresh_rows,
+}
+
+
+def _copied(leaf: jax.Array) -> jax.Array:
+    """In memory of its own: an optimizer step donates the adapter, and must not take the base."""
+    return jnp.array(at_least_float32(leaf), copy=True)
+
+
+def _zero_beyond_rank(a: jax.Array, site: Site) -> jax.Array:
+    """A with zeros beyond each layer's rank; B is zero too, so they stay zero in training."""
+    if not site.ranks:
+        return a
+    ranks = jnp.array(site.ranks).reshape(-1, *(1,) * (a.ndim - 1))
+    return jnp.where(jnp.arange(site.rank) < ranks, a, 0)

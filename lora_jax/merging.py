@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter, check, check_params
 from lora_jax.paths import named_leaves, replace_leaves
 from lora_jax.site import Plan
-from lora_jax.variants import at_least_float32, delta_weight, effective_weight
+from lora_jax.variants import at_least_float32, effective_weight, exact_weight
 
 
 def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
-    """The base with ΔW added to every adapted weight.
+    """The base with every entry of the adapter folded in: W + ΔW, and so on by variant.
 
     Each sum is taken in float32 and rounded once to the weight's dtype. Leaves that are not
     adapted are the same objects as in ``params``. It can be traced: inside a loss, with the
@@ -21,7 +21,7 @@ def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
 
     Args:
       params: the base parameter tree.
-      adapter: ``{path: LoraPair(a, b)}``.
+      adapter: ``{path: entry}``.
       plan: the plan that the adapter was made from.
 
     Returns:
@@ -50,7 +50,7 @@ def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
 
 
 def rounding_loss(params: Any, merged: Any, adapter: Adapter, plan: Plan) -> dict[str, float]:
-    """The largest entry of ΔW that rounding to the base's dtype lost, per adapted weight.
+    """The largest error that rounding to the base's dtype made, per adapted weight.
 
     In float32 this is some 1e-8; in bfloat16 a small ΔW can lose most of itself.
 
@@ -60,9 +60,7 @@ def rounding_loss(params: Any, merged: Any, adapter: Adapter, plan: Plan) -> dic
     before, after = named_leaves(params), named_leaves(merged)
 
     def lost(path: str) -> float:
-        exact = at_least_float32(jnp.asarray(before[path])) + delta_weight(
-            plan[path], adapter[path]
-        )
+        exact = exact_weight(plan[path], jnp.asarray(before[path]), adapter[path])
         return float(jnp.max(jnp.abs(exact - at_least_float32(after[path]))))
 
     return {path: lost(path) for path in plan}

@@ -18,21 +18,30 @@ The tree before and after, for a function ``model_fn(params, x)`` with one dense
 (('in', 'out'), 2.0)
 """
 
-import re
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.adapter import LoraPair
-from lora_jax.config import LoraConfig, Rule, scale_of
+from lora_jax.adapter import Adapter, shapes_of
+from lora_jax.config import LoraConfig
 from lora_jax.errors import InputError
-from lora_jax.paths import named_leaves, nearest
+from lora_jax.paths import named_leaves
 from lora_jax.rewrite.walk import Note, Traced, Walk, trace
 from lora_jax.rewrite.weight import NotLowRank, RolesContradict, symbolic_weight
+from lora_jax.selection import (
+    Roles,
+    dtype_name,
+    is_floating,
+    raise_all,
+    require_config,
+    select,
+)
 from lora_jax.site import Plan, Role, Site, Use
+from lora_jax.targets import PRESETS, Leaf, matches
+from lora_jax.variants import factors_of
 
 
 def plan(
@@ -70,14 +79,19 @@ def plan(
         never reads, that is not floating, whose roles can't be told, whose uses contradict each
         other, or whose rank exceeds what the weight allows.
     """
+    require_config(config)
     leaves = {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
-    sites, problems = _matched_sites(leaves, config)
     traced = trace(model_fn, params, args, kwargs)
-    sites, more = _with_roles(sites, _seen(traced, sites), config)
-    problems += more or _rank_problems(sites)
-    if not problems:
-        sites, problems = _with_uses(sites, _seen(traced, sites), strict)
-    _raise_all(problems)
+    watched = [
+        _unplanned(path, leaf) for path, leaf in leaves.items() if _watched(path, leaf, config)
+    ]
+    seen = _seen(traced, watched)
+    known = {site.path: _roles(site, seen[site.path], config) for site in watched}
+    candidates = [_candidate(path, leaf, known, seen) for path, leaf in leaves.items()]
+    sites, problems = select(candidates, known, config)
+    raise_all([*problems, *_unread_problems(sites, seen, traced)])
+    sites, problems = _with_uses(sites, _seen(traced, sites), strict)
+    raise_all(problems)
     return Plan(tuple(sites), _parameters(leaves))
 
 
@@ -93,111 +107,96 @@ def plan_from_axes(params: Any, config: LoraConfig, axes: Mapping[str, str]) -> 
       InputError: a target matches no leaf, or a targeted leaf has no declared roles, or as many
         roles as it has no axes.
 
-    >>> params = {"q": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    >>> params = {"q": jax.ShapeDtypeStruct((4, 6), "float32")}
     >>> plan_from_axes(params, LoraConfig(rank=2, targets="q"), {"q": "in out"})["q"].a_shape
     (4, 2)
     """
-    leaves = named_leaves(params)
+    require_config(config)
+    if not isinstance(axes, Mapping):
+        raise InputError(f"axes is {axes!r}: give a mapping such as {{'.*kernel': 'in out'}}")
+    leaves = {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
     config = replace(config, axes=(*config.axes, *axes.items()))
-    sites, problems = _matched_sites(leaves, config)
-    sites, more = _with_roles(sites, {}, config)
-    _raise_all(problems + (more or _rank_problems(sites)))
+    known = {path: _declared(path, leaf, config) for path, leaf in leaves.items()}
+    sites, problems = select(
+        [_candidate(*item, known, {}) for item in leaves.items()], known, config
+    )
+    raise_all(problems)
     return Plan(tuple(sites), _parameters(leaves))
 
 
-def _matched_sites(leaves: dict[str, Any], config: LoraConfig) -> tuple[list[Site], list[str]]:
-    matched = {path: config.rule_for(path) for path in leaves}
-    problems = [*_idle_patterns(leaves, config), *_idle_rules(matched, config)]
-    sites = [_bare_site(path, leaves[path], rule, config) for path, rule in matched.items() if rule]
-    problems += [
-        f"{site.path!r} is {site.dtype}, only floating weights can be adapted: exclude it"
-        for site in sites
-        if not jnp.issubdtype(site.dtype, jnp.floating)
-    ]
-    return sites, problems
+def _watched(path: str, leaf: Any, config: LoraConfig) -> bool:
+    """Whether some rule may pick the leaf once its use is known."""
+    if not is_floating(leaf):
+        return False
+    targets = [rule.target for rule in config.rules]
+    return any(matches(target, Leaf(path, leaf)) for target in targets) or (
+        len(leaf.shape) > 1 and any(target in PRESETS for target in targets)
+    )
 
 
-def _idle_patterns(leaves: Iterable[str], config: LoraConfig) -> Iterable[str]:
-    """Patterns of whatever kind that match nothing."""
-    kinds = {
-        "target": [rule.pattern for rule in config.rules],
-        "exclude": config.exclude_patterns,
-        "axes": [pattern for pattern, _ in config.axes],
-    }
-    for kind, patterns in kinds.items():
-        for pattern in patterns:
-            if not any(re.fullmatch(pattern, path) for path in leaves):
-                near = _nearest_to(pattern, leaves)
-                yield f"{kind} {pattern!r} matches no leaf (nearest: {near})"
+def _unplanned(path: str, leaf: Any) -> Site:
+    return Site(path, tuple(leaf.shape), dtype_name(leaf), (), 0, 1.0)
 
 
-def _idle_rules(matched: Mapping[str, Rule | None], config: LoraConfig) -> Iterable[str]:
-    """Rules that match leaves, all of which an earlier rule or an exclude pattern decides."""
-    deciding = set(matched.values())
-    for rule in config.rules:
-        if rule not in deciding and any(re.fullmatch(rule.pattern, path) for path in matched):
-            yield (
-                f"target {rule.pattern!r} decides nothing: earlier targets or exclude patterns "
-                "take every leaf it matches; put it first, or drop it"
-            )
-
-
-def _bare_site(path: str, leaf: Any, rule: Rule, config: LoraConfig) -> Site:
-    scale = scale_of(rule, config.use_rslora)
-    dtype = jnp.dtype(leaf.dtype).name
-    shape, rank = tuple(leaf.shape), rule.rank or 0
-    settings = {"init": rule.init, "init_std": rule.init_std, "dropout": rule.dropout}
-    return Site(path, shape, dtype, (), rank, scale, **settings)
+def _candidate(
+    path: str, leaf: Any, known: Mapping[str, Roles], seen: Mapping[str, list[Note]]
+) -> Leaf:
+    """The leaf with the matrix that it is, if it is contracted and never looked up by rows."""
+    roles, notes = known.get(path, ""), seen.get(path)
+    contracted = notes is None or any(note.meeting for note in notes)
+    looked_up = any(note.meeting and note.operation == "gather" for note in notes or ())
+    if isinstance(roles, str) or not contracted or looked_up:
+        return Leaf(path, leaf)
+    site = replace(_unplanned(path, leaf), roles=roles)
+    return Leaf(path, leaf, (site.fan_in, site.fan_out))
 
 
 def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
     """Walk the function on shapes; what is seen of each leaf, in program order."""
     seen: dict[Hashable, Note] = {}
     walk = Walk(seen)
-    pairs = {site.path: _pair_shapes(site) for site in sites if site.roles}
+    planned = Plan(tuple(site for site in sites if site.roles), 0)
 
-    def run(leaves: dict[str, Any], others: list[Any], pairs: dict[str, LoraPair]) -> Any:
+    def run(leaves: dict[str, Any], others: list[Any], adapter: Adapter) -> Any:
         weights = {
-            site.path: symbolic_weight(site, leaves[site.path], pairs.get(site.path))
+            site.path: symbolic_weight(site, leaf, _factors(site, leaf, adapter))
             for site in sites
+            for leaf in [leaves[site.path]]
         }
         return traced._replace(leaves=leaves, others=others).run(walk, weights)
 
-    jax.eval_shape(run, traced.leaves, traced.others, pairs)
+    jax.eval_shape(run, traced.leaves, traced.others, shapes_of(planned))
     notes = list(seen.values())
     return {site.path: [note for note in notes if note.path == site.path] for site in sites}
 
 
-def _pair_shapes(site: Site) -> LoraPair:
-    shapes = site.a_shape, site.b_shape
-    return LoraPair._make(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+def _factors(site: Site, leaf: Any, adapter: Adapter) -> Any:
+    return factors_of(site, leaf, adapter[site.path]) if site.path in adapter else None
 
 
-def _with_roles(
-    sites: list[Site], seen: Mapping[str, list[Note]], config: LoraConfig
-) -> tuple[list[Site], list[str]]:
-    found = {site.path: _roles(site, seen.get(site.path, []), config) for site in sites}
-    problems = [f"{path!r} {roles}" for path, roles in found.items() if isinstance(roles, str)]
-    known = [replace(s, roles=found[s.path]) for s in sites if not isinstance(found[s.path], str)]
-    return known, problems
-
-
-def _roles(site: Site, notes: list[Note], config: LoraConfig) -> tuple[Role, ...] | str:
-    """The role of each axis, or what is wrong."""
-    declared = config.roles_for(site.path)
-    if declared is not None:
-        wrong = f"has {len(site.shape)} axes, but the declared roles are {declared}"
-        return declared if len(declared) == len(site.shape) else wrong
+def _roles(site: Site, notes: list[Note], config: LoraConfig) -> Roles:
+    """The role of each axis, or why there are none."""
+    if config.roles_for(site.path) is not None:
+        return _declared(site.path, site, config)
     if not notes:
-        return "is never read by the function (or no axes are declared for it): drop the target"
+        return "is never read by the function: drop the target"
     inputs, outputs = _in_and_out(notes)
     if not inputs or not outputs:
         return (
             f"of shape {site.shape} is never contracted with an activation, so its axes have no "
-            "roles: drop the target, or declare axes=((pattern, 'in out'),)"
+            "roles: drop the target, declare axes=((pattern, 'in out'),), or train it whole with "
+            "Rule(pattern, variant='full')"
         )
     roles: tuple[Role, ...] = tuple(_role(axis, inputs, outputs) for axis in range(len(site.shape)))
     return roles
+
+
+def _declared(path: str, leaf: Any, config: LoraConfig) -> Roles:
+    declared = config.roles_for(path)
+    if declared is None:
+        return "has no declared axis roles: add them to axes, or drop the target"
+    wrong = f"has {len(leaf.shape)} axes, but the declared roles are {declared}"
+    return declared if len(declared) == len(leaf.shape) else wrong
 
 
 def _role(axis: int, inputs: frozenset[int], outputs: frozenset[int]) -> Role:
@@ -216,34 +215,42 @@ def _in_and_out(notes: list[Note]) -> tuple[frozenset[int], frozenset[int]]:
 _NONE: frozenset[int] = frozenset()
 
 
-def _rank_problems(sites: list[Site]) -> list[str]:
-    return [
-        f"{site.path!r}: rank {site.rank} exceeds {limit}, the smaller side of its "
-        f"{site.fan_in} x {site.fan_out} matrix: lower the rank"
-        for site in sites
-        if site.rank > (limit := min(site.fan_in, site.fan_out))
-    ]
+def _unread_problems(
+    sites: list[Site], seen: Mapping[str, list[Note]], traced: Traced
+) -> Iterable[str]:
+    """Sites of leaves that the function doesn't read from its argument."""
+    for site in sites:
+        if not seen[site.path]:
+            closed_over = any(const is traced.leaves[site.path] for const in traced.jaxpr.consts)
+            yield f"{site.path!r} " + (
+                "is closed over: the function uses the array itself instead of reading it from "
+                "its first argument, so no adapter can reach it"
+                if closed_over
+                else "is never read by the function: drop the target"
+            )
 
 
 def _with_uses(
-    sites: list[Site], seen: dict[str, list[Note]], strict: bool
+    sites: list[Site], seen: Mapping[str, list[Note]], strict: bool
 ) -> tuple[list[Site], list[str]]:
+    """The sites with what became of each use; a leaf trained whole has no form to lose."""
+    adapted = [site for site in sites if site.roles]
     problems = [
         _contradiction(site, note)
         if isinstance(note.refusal, RolesContradict)
         else f"{site.path!r} is merged at {note.where}: it {note.refusal}"
-        for site in sites
+        for site in adapted
         for note in seen[site.path]
         if isinstance(note.refusal, NotLowRank if strict else RolesContradict)
     ]
     problems += [
         f"{site.path!r} has dropout, which can't act at {note.where}, where it is merged: "
         "set it to 0 there"
-        for site in sites
+        for site in adapted
         for note in seen[site.path]
         if site.dropout and note.refusal
     ]
-    used = [replace(site, uses=tuple(map(_use, seen[site.path]))) for site in sites]
+    used = [replace(site, uses=_uses(seen[site.path], bool(site.roles))) for site in sites]
     return used, problems
 
 
@@ -254,19 +261,13 @@ def _contradiction(site: Site, note: Note) -> str:
     )
 
 
-def _use(note: Note) -> Use:
-    return Use(note.operation, note.where, str(note.refusal or ""))
-
-
-def _nearest_to(pattern: str, leaves: Iterable[str]) -> str:
-    words = re.sub(r"[^\w/]+", "", pattern)
-    return ", ".join(nearest(words, leaves) or sorted(leaves)[:3])
+def _uses(notes: list[Note], in_factors: bool) -> tuple[Use, ...]:
+    refusals = [str(note.refusal or "") if in_factors else "" for note in notes]
+    return tuple(
+        Use(note.operation, note.where, refusal)
+        for note, refusal in zip(notes, refusals, strict=True)
+    )
 
 
 def _parameters(leaves: dict[str, Any]) -> int:
-    return sum(leaf.size for leaf in leaves.values())
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        raise InputError("no plan could be made: " + "; ".join(problems))
+    return sum(math.prod(leaf.shape) for leaf in leaves.values())

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 Role = Literal["stack", "in", "out"]
 ROLES: tuple[Role, ...] = ("stack", "in", "out")
 INITIALISERS = ("kaiming_uniform", "gaussian")
+VARIANTS = ("lora", "dora", "full", "rows")
 
 
 class Use(NamedTuple):
@@ -39,7 +40,15 @@ class Site:
     dtype: str
     roles: tuple[Role, ...]
     rank: int
-    scale: float
+    """The largest along the stack; 0 for a weight that is trained whole."""
+    scale: float | tuple[float, ...]
+    """One number, or one for each index of the first stack axis."""
+    ranks: tuple[int, ...] = ()
+    """Of each index of the first stack axis, where they differ; A and B are zero beyond them."""
+    variant: str = "lora"
+    """``lora``; ``dora``; ``full`` (trained whole); ``rows`` (some rows are trained)."""
+    rows: tuple[int, ...] = ()
+    """Of ``rows``: which indices of the first axis are trained."""
     init: str = "kaiming_uniform"
     init_std: float | None = None
     dropout: float = 0.0
@@ -75,9 +84,28 @@ class Site:
         return (*self.dims("stack"), self.rank, *self.dims("out"))
 
     @property
+    def m_shape(self) -> tuple[int, ...]:
+        """Shape of DoRA's magnitude: ``(*stack, *out)``."""
+        return (*self.dims("stack"), *self.dims("out"))
+
+    @property
+    def entry_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the adapter's entry, by its name."""
+        return {
+            "lora": {"a": self.a_shape, "b": self.b_shape},
+            "dora": {"a": self.a_shape, "b": self.b_shape, "m": self.m_shape},
+            "full": {"value": self.shape},
+            "rows": {"rows": (len(self.rows), *self.shape[1:])},
+        }[self.variant]
+
+    @property
     def trainable(self) -> int:
-        """How many parameters A and B hold together."""
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+        """How many parameters are trained; zeros that fill up unequal ranks don't count."""
+        arrays = sum(math.prod(shape) for shape in self.entry_shapes.values())
+        if not self.ranks:
+            return arrays
+        filled = sum(self.rank - rank for rank in self.ranks)
+        return arrays - filled * math.prod(self.dims("stack")[1:]) * (self.fan_in + self.fan_out)
 
 
 @dataclass(frozen=True, eq=True)
@@ -108,5 +136,10 @@ class Plan(Mapping[str, Site]):
 
     @property
     def trainable(self) -> int:
-        """How many parameters the adapter holds."""
+        """How many parameters the adapter trains."""
         return sum(site.trainable for site in self.sites)
+
+    @property
+    def all_parameters(self) -> int:
+        """Base and adapter together, as PEFT counts them: a weight trained whole counts twice."""
+        return self.base_parameters + self.trainable

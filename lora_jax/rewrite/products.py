@@ -4,6 +4,7 @@ A rule here emits the base equation unchanged and adds the product with the two 
 that carries the contracted axes first. To add one: write it and give it a row in `PRODUCTS`.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ _TOKENS = -2
 class Meeting(NamedTuple):
     """Which axes of the *base* weight an operation contracts, runs over in batch, and leaves."""
 
-    contracted: frozenset[int]
-    batch: frozenset[int]
-    free: frozenset[int]
+    contracted: frozenset[Any]
+    batch: frozenset[Any]
+    free: frozenset[Any]
 
 
 class _Operand(NamedTuple):
@@ -41,6 +42,18 @@ class _Operand(NamedTuple):
     contract: tuple[int, ...]
     batch: tuple[int, ...]
     free: tuple[int, ...]
+
+
+class _Product(NamedTuple):
+    """A product of an activation with an adapted weight, as functions of the activation."""
+
+    base: Callable[[jax.Array], jax.Array]
+    update: Callable[[jax.Array], jax.Array]
+    """scale·(x·A)·B, in float32 or wider."""
+    x_labels: tuple[int, ...]
+    """The weight's labels on the activation's axes, and others."""
+    y_labels: tuple[int, ...]
+    """The same of the result's."""
 
 
 def dot_general(walk, eqn, lhs: Any, rhs: Any):
@@ -55,11 +68,23 @@ def dot_general(walk, eqn, lhs: Any, rhs: Any):
     walk.note(weight, eqn, meeting=_meeting(weight, of_weight))
     if weight.a is None:
         return walk.bind(eqn, walk.value(lhs), walk.value(rhs))
-    precision = eqn.params["precision"]
-    kept = walk.dropped(x, weight)
-    update = _low_rank_dot(walk, weight, of_weight, kept, of_x, weight_first, precision)
-    [base] = walk.bind(eqn, walk.value(lhs), walk.value(rhs))
-    return [_sum_rounded_once(base, update)]
+    contracted, batch, free = ([weight.labels[k] for k in axes] for axes in of_weight)
+    if not set(batch) <= set(weight.stack_labels()):
+        raise RolesContradict("runs in batch over an input or output axis")
+    factors = _ordered_factors(weight, contracted)
+    x_labels = _labels_of_activation(x.ndim, of_x, contracted, batch)
+    tokens = [x_labels[axis] for axis in of_x.free]
+    y_labels = (*batch, *free, *tokens) if weight_first else (*batch, *tokens, *free)
+
+    def base(x: jax.Array) -> jax.Array:
+        return walk.bind(eqn, *((weight.value, x) if weight_first else (x, weight.value)))[0]
+
+    def update(x: jax.Array) -> jax.Array:
+        sides, precision = (contracted, batch, free), eqn.params["precision"]
+        labelled = Factor(x, x_labels)
+        return _low_rank_dot(walk, weight, factors, sides, labelled, weight_first, precision)
+
+    return [_adapted_product(walk, weight, x, _Product(base, update, x_labels, y_labels))]
 
 
 def row_gather(walk, eqn, weight, indices):
@@ -73,15 +98,22 @@ def row_gather(walk, eqn, weight, indices):
     if weight.a is None:
         return walk.bind(eqn, weight.value, indices)
     [looked_up], [free] = ([weight.labels[k] for k in axes] for axes in (rows.contract, rows.free))
+    ids = [_TOKENS - k for k in range(indices.ndim - 1)]
+
+    def taken(factor: Factor) -> Factor:
+        front = factor.leading(looked_up)
+        return Factor(_take_leading(front.array, indices, eqn.params), (*ids, *front.labels[1:]))
+
     first, second = _ordered_factors(weight, [looked_up])
-    taken = _take_leading(first.leading(looked_up).array, indices, eqn.params)
-    ids = [_TOKENS - k for k in range(taken.ndim - 1)]
-    hidden = _scaled(Factor(taken, (*ids, RANK)), weight)
+    hidden = _scaled(taken(first), weight)
     update = contract(hidden, _in_dtype(second, weight), [RANK], **_wide(weight))
     [base] = walk.bind(eqn, weight.value, indices)
     [offset] = eqn.params["dimension_numbers"].offset_dims
     order = [*ids[:offset], free, *ids[offset:]]
-    return [_sum_rounded_once(base, update.grouped(*([label] for label in order)))]
+    total = _sum_in_float32(base, update.grouped(*([label] for label in order)))
+    if (gain := weight.magnitude) is not None:
+        total = total * (taken(gain) if looked_up in gain.labels else gain).over(order)
+    return [in_dtype(total, base.dtype)]
 
 
 def convolution(walk, eqn, x: Any, weight: Any):
@@ -104,10 +136,17 @@ def convolution(walk, eqn, x: Any, weight: Any):
     out = weight.labels[out_axis]
     order = [RANK if label == out else label for label in weight.labels]
     kernel = _in_dtype(first, weight).grouped(*([label] for label in order))
-    hidden = _convolved(walk.dropped(x, weight), kernel, out_axis, params)
-    update = _mixed_channels(hidden, second, weight, params)
-    [base] = walk.bind(eqn, x, weight.value)
-    return [_sum_rounded_once(base, update)]
+    y_labels = [_TOKENS - axis for axis in range(x.ndim)]
+    y_labels[params["dimension_numbers"].out_spec[1]] = out
+
+    def base(x: jax.Array) -> jax.Array:
+        return walk.bind(eqn, x, weight.value)[0]
+
+    def update(x: jax.Array) -> jax.Array:
+        hidden = _convolved(x, kernel, out_axis, params)
+        return _mixed_channels(hidden, second, weight, params)
+
+    return [_adapted_product(walk, weight, x, _Product(base, update, (), tuple(y_labels)))]
 
 
 def ragged_dot(walk, eqn, x: Any, weight: Any, group_sizes: Any):
@@ -125,15 +164,23 @@ def ragged_dot(walk, eqn, x: Any, weight: Any, group_sizes: Any):
     if weight.a is None:
         return walk.bind(eqn, x, weight.value, group_sizes)
     expert, inputs, outputs = ([weight.labels[k] for k in ks] for ks in (groups, contracted, free))
+    if not set(expert) <= set(weight.stack_labels()):
+        raise RolesContradict("has groups along an input or output axis")
     first, second = _ordered_factors(weight, inputs)
     options = {"precision": eqn.params["precision"], **_wide(weight)}
     down = _in_dtype(first, weight).grouped(expert, inputs, [RANK])
     up = _in_dtype(second, weight).grouped(expert, [RANK], outputs)
-    kept = walk.dropped(x, weight)
-    hidden = Factor(lax.ragged_dot(kept, down, group_sizes, **options), (_TOKENS, RANK))
-    update = lax.ragged_dot(_scaled(hidden, weight).array, up, group_sizes, **options)
-    [base] = walk.bind(eqn, x, weight.value, group_sizes)
-    return [_sum_rounded_once(base, update)]
+
+    def base(x: jax.Array) -> jax.Array:
+        return walk.bind(eqn, x, weight.value, group_sizes)[0]
+
+    def update(x: jax.Array) -> jax.Array:
+        hidden = Factor(lax.ragged_dot(x, down, group_sizes, **options), (_TOKENS, RANK))
+        return lax.ragged_dot(_scaled(hidden, weight).array, up, group_sizes, **options)
+
+    of_rows = _by_row(weight, expert[0], group_sizes, x.shape[0])
+    product = _Product(base, update, (_TOKENS, *inputs), (_TOKENS, *outputs))
+    return [_adapted_product(walk, of_rows, x, product)]
 
 
 PRODUCTS = {
@@ -210,41 +257,88 @@ def _meeting(weight: Weight, operand: _Operand) -> Meeting:
 def _ordered_factors(weight: Weight, contracted: list[int]) -> tuple[Factor, Factor]:
     """The factors, the one whose own axes are exactly the contracted ones first."""
     a, b = weight.factors()
-    units = {axis.label for axis in weight.axes if not axis.base}.intersection(contracted)
+    made = {axis.label: size for axis, size in _made_on_the_way(weight) if axis.label in contracted}
+    if any(size != 1 for size in made.values()):
+        raise NotLowRank("is contracted along an axis on which weights are stacked or repeated")
+    units = set(made)
     for first, second in ((a, b), (b, a)):
         if set(contracted) - units == set(weight.own_labels(first)):
             return first, _without(second, units)
     raise RolesContradict("contracts other axes than all of the input (or all of the output) axes")
 
 
-def _without(factor: Factor, units: set[int]) -> Factor:
+def _made_on_the_way(weight: Weight) -> Iterable[tuple[Axis, int]]:
+    sized = zip(weight.axes, weight.value.shape, strict=True)
+    return ((axis, size) for axis, size in sized if not axis.base)
+
+
+def _without(factor: Factor, units: Iterable[int]) -> Factor:
     for label in units:
         factor = factor.without(label)
     return factor
 
 
+def _adapted_product(walk, weight: Weight, x: jax.Array, product: _Product) -> jax.Array:
+    """The base product of x plus the adapter's share, which alone sees x under dropout.
+
+    Without a magnitude the share is the low-rank update. With one it is, as in PEFT, everything
+    by which the result would differ from the base if all of it saw the dropped x.
+    """
+    kept, gain = walk.dropped(x, weight), weight.magnitude
+    if gain is None:
+        base = product.base(x)
+        return in_dtype(_sum_in_float32(base, product.update(kept)), base.dtype)
+    if kept is x:
+        return _rescaled_product(weight, gain, x, product)
+    base, inner = product.base(x), at_least_float32(product.base(kept))
+    share = at_least_float32(_rescaled_product(weight, gain, kept, product)) - inner
+    return in_dtype(at_least_float32(base) + share, base.dtype)
+
+
+def _rescaled_product(weight: Weight, gain: Factor, x: jax.Array, product: _Product) -> jax.Array:
+    """W's outputs are rescaled: in the result where they remain, in x where they are contracted."""
+    made_on_the_way = {axis.label for axis in weight.axes if not axis.base}
+    gain = _without(gain, made_on_the_way.difference(product.y_labels))
+    if set(gain.labels) <= set(product.y_labels):
+        base = product.base(x)
+        total = _sum_in_float32(base, product.update(x)) * gain.over(product.y_labels)
+        return in_dtype(total, base.dtype)
+    if set(gain.labels) <= set(product.x_labels):
+        x = in_dtype(x * gain.over(product.x_labels), x.dtype)
+        base = product.base(x)
+        return in_dtype(_sum_in_float32(base, product.update(x)), base.dtype)
+    raise NotLowRank("has a magnitude along axes that neither the input nor the result has")
+
+
+def _by_row(weight: Weight, expert: int, group_sizes: jax.Array, rows: int) -> Weight:
+    """The weight with its magnitude given for each row of x, instead of for each group."""
+    if (gain := weight.magnitude) is None:
+        return weight
+    grouped = gain.leading(expert)
+    of_rows = jnp.repeat(grouped.array, group_sizes, axis=0, total_repeat_length=rows)
+    return replace(weight, magnitude=Factor(of_rows, (_TOKENS, *grouped.labels[1:])))
+
+
 def _low_rank_dot(
     walk,
     weight: Weight,
-    of_weight: _Operand,
-    x: jax.Array,
-    of_x: _Operand,
+    factors: tuple[Factor, Factor],
+    sides: tuple[list[int], list[int], list[int]],
+    x: Factor,
     weight_first: bool,
     precision,
 ) -> jax.Array:
     """scale·(x·A)·B in the layout of the base product, in float32 or wider."""
-    contracted, batch, free = ([weight.labels[k] for k in axes] for axes in of_weight)
-    first, second = _ordered_factors(weight, contracted)
-    if not set(batch) <= set(weight.stack_labels()):
-        raise RolesContradict("runs in batch over an input or output axis")
-    tokens = _labelled_activation(x, of_x, contracted, batch)
+    contracted, batch, free = sides
+    first, second = factors
+    tokens = _with_tokens_as_one(x, contracted, batch)
     down, up = _in_dtype(first, weight), _in_dtype(second, weight)
     _remember(walk, up, weight, weight_first)
     options = {"precision": precision, **_wide(weight)}
-    sides = (down, tokens) if weight_first else (tokens, down)
-    hidden = _scaled(contract(*sides, contracted, **options), weight)
-    sides = (up, hidden) if weight_first else (hidden, up)
-    product = contract(*sides, [RANK], **options)
+    operands = (down, tokens) if weight_first else (tokens, down)
+    hidden = _scaled(contract(*operands, contracted, **options), weight)
+    operands = (up, hidden) if weight_first else (hidden, up)
+    product = contract(*operands, [RANK], **options)
     order = (*batch, *free, _TOKENS) if weight_first else (*batch, _TOKENS, *free)
     return product.grouped(*((label,) for label in order))
 
@@ -259,14 +353,19 @@ def _remember(walk, up: Factor, weight: Weight, weight_first: bool) -> None:
     )
 
 
-def _labelled_activation(x, axes: _Operand, contracted: list[int], batch: list[int]) -> Factor:
-    """The activation under the weight's labels, with all its token axes as one."""
+def _labels_of_activation(
+    ndim: int, axes: _Operand, contracted: list[int], batch: list[int]
+) -> tuple[int, ...]:
+    """The weight's labels for the axes that the two share, labels of their own for the others."""
     names = dict(zip((*axes.contract, *axes.batch), (*contracted, *batch), strict=True))
-    labels = tuple(names.get(axis, _TOKENS - axis) for axis in range(x.ndim))
-    tokens = [labels[axis] for axis in axes.free]
+    return tuple(names.get(axis, _TOKENS - axis) for axis in range(ndim))
+
+
+def _with_tokens_as_one(x: Factor, contracted: list[int], batch: list[int]) -> Factor:
+    """The activation with its token axes flattened to one."""
+    tokens = [label for label in x.labels if label not in (*contracted, *batch)]
     order = (*batch, _TOKENS, *contracted)
-    groups = (tokens if label == _TOKENS else [label] for label in order)
-    return Factor(Factor(x, labels).grouped(*groups), order)
+    return Factor(x.grouped(*(tokens if each == _TOKENS else [each] for each in order)), order)
 
 
 def _convolved(x: jax.Array, kernel: jax.Array, out_axis: int, params) -> jax.Array:
@@ -291,7 +390,8 @@ def _mixed_channels(hidden: jax.Array, second: Factor, weight: Weight, params) -
     [out] = weight.own_labels(second)
     group, out_in_group = fresh_label(weight), fresh_label(weight) + 1
     up = second.regrouped([out], [group, out_in_group], [groups, second.size([out]) // groups])
-    split = [*hidden.shape[:channel], groups, weight.site.rank, *hidden.shape[channel + 1 :]]
+    rank = hidden.shape[channel] // groups
+    split = [*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :]]
     labels = [_TOKENS - axis for axis in range(len(split))]
     labels[channel : channel + 2] = [group, RANK]
     channels = _scaled(Factor(lax.reshape(hidden, split), tuple(labels)), weight)
@@ -309,10 +409,9 @@ def _in_dtype(factor: Factor, weight: Weight) -> Factor:
 
 
 def _scaled(hidden: Factor, weight: Weight) -> Factor:
-    scaled = hidden.array if weight.site.scale == 1 else hidden.array * weight.site.scale
+    scaled = hidden.array if weight.scale == 1 else hidden.array * weight.scale
     return replace(hidden, array=in_dtype(scaled, weight.value.dtype))
 
 
-def _sum_rounded_once(base: jax.Array, update: jax.Array) -> jax.Array:
-    total = lax.add(at_least_float32(base), lax.reshape(update, base.shape))
-    return in_dtype(total, base.dtype)
+def _sum_in_float32(base: jax.Array, update: jax.Array) -> jax.Array:
+    return lax.add(at_least_float32(base), lax.reshape(update, base.shape))

@@ -6,23 +6,22 @@ returns the outputs, or raises `NotLowRank`. To add one: write it and give it a 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.rewrite.weight import Axis, NotLowRank, Weight, fresh_label
+from lora_jax.rewrite.weight import Axis, Factor, NotLowRank, Weight, fresh_label
 
 
 def same_axes(walk, eqn, *inputs):
     """Copies, names, casts between float dtypes: the factors are cast when they are used."""
-    values = [walk.value(x) for x in inputs]
-    results = walk.bind(eqn, *values)
-    if not all(jnp.issubdtype(result.dtype, jnp.floating) for result in results):
-        raise NotLowRank("casts the weight to a dtype that is not floating")
+    results = walk.bind(eqn, *(walk.value(x) for x in inputs))
     return [
-        x.viewed(result) if isinstance(x, Weight) else result
+        _floating(x, result) if isinstance(x, Weight) else result
         for x, result in zip(inputs, results, strict=True)
     ]
 
@@ -84,15 +83,59 @@ def reshape(walk, eqn, weight):
                 regrouped, [squeezed.axes[i] for i in old], [new_sizes[i] for i in new]
             )
     added = [axis for axis, size in enumerate(value.shape) if size == 1]
-    return [_add_units(regrouped, added).viewed(value)]
+    return [add_units(regrouped, added).viewed(value)]
 
 
 def broadcast_in_dim(walk, eqn, weight, *dynamic_shape):
     """Repeat the weight along new axes, or axes of size 1; so are the factors that carry them."""
     [value] = walk.bind(eqn, weight.value, *dynamic_shape)
     added = [k for k in range(value.ndim) if k not in eqn.params["broadcast_dimensions"]]
-    before = _add_units(weight, added)
+    before = add_units(weight, added)
     return [_repeated(before, value)]
+
+
+def split(walk, eqn, weight):
+    """Each piece is the weight sliced along one axis."""
+    label, start = weight.labels[eqn.params["axis"]], 0
+    pieces = []
+    for value, size in zip(walk.bind(eqn, weight.value), eqn.params["sizes"], strict=True):
+        cut = partial(lax.slice_in_dim, start_index=start, limit_index=start + size)
+        piece = _mapped_along(weight, label, lambda array, at, cut=cut: cut(array, axis=at))
+        pieces.append(piece.viewed(value))
+        start += size
+    return pieces
+
+
+def reverse(walk, eqn, weight):
+    """Reverse axes of the view, and of the factors that carry them."""
+    [value] = walk.bind(eqn, weight.value)
+    for axis in eqn.params["dimensions"]:
+        label = weight.labels[axis]
+        weight = _mapped_along(weight, label, lambda array, at: lax.rev(array, (at,)))
+    return [weight.viewed(value)]
+
+
+def negate(walk, eqn, weight):
+    """-(W + ΔW) = -W + A·(-B)."""
+    [value] = walk.bind(eqn, weight.value)
+    return [_rescaled(weight, value, jnp.array(-1), jnp.multiply)]
+
+
+def multiply(walk, eqn, left, right):
+    """The weight times a scalar, or an array that varies along the axes of one factor alone."""
+    weight, by = (left, right) if isinstance(left, Weight) else (right, left)
+    if isinstance(by, Weight):
+        raise NotLowRank("is multiplied by an adapted weight")
+    [value] = walk.bind(eqn, walk.value(left), walk.value(right))
+    return [_rescaled(weight, value, jnp.asarray(by), jnp.multiply)]
+
+
+def divide(walk, eqn, weight, by):
+    """The weight divided as in `multiply`."""
+    if isinstance(by, Weight):
+        raise NotLowRank("is a divisor")
+    [value] = walk.bind(eqn, weight.value, by)
+    return [_rescaled(weight, value, jnp.asarray(by), jnp.divide)]
 
 
 VIEWS = {
@@ -108,14 +151,59 @@ VIEWS = {
     "dynamic_slice": dynamic_slice,
     "reshape": reshape,
     "broadcast_in_dim": broadcast_in_dim,
+    "split": split,
+    "rev": reverse,
+    "neg": negate,
+    "mul": multiply,
+    "div": divide,
 }
+
+
+def add_units(weight: Weight, positions: list[int]) -> Weight:
+    """The weight with axes of size 1 at ``positions``, which every factor carries."""
+    axes = list(weight.axes)
+    for position in positions:
+        label = fresh_label(weight.viewed(weight.value, axes))
+        axes.insert(position, Axis(label, frozenset()))
+        weight = weight.map_factors(lambda factor, label=label: factor.with_unit(label))
+    return weight.viewed(weight.value, axes)
+
+
+def _floating(weight: Weight, value: jax.Array) -> Weight:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise NotLowRank("casts the weight to a dtype that is not floating")
+    return weight.viewed(value)
+
+
+def _mapped_along(weight: Weight, label: int, operation: Callable) -> Weight:
+    return weight.map_factors(lambda factor: factor.along(label, operation))
+
+
+def _rescaled(weight: Weight, value: jax.Array, by: jax.Array, operation: Callable) -> Weight:
+    """The view after ``operation(weight, by)``, which one factor takes over."""
+    if value.shape != weight.value.shape:
+        raise NotLowRank("is repeated by what it is multiplied with")
+    rescaled = weight.viewed(value)
+    if weight.a is None or weight.b is None:
+        return rescaled
+    varying = [label for label, size in zip(weight.labels, by.shape, strict=False) if size != 1]
+    multiplier = Factor(by.squeeze(), tuple(varying))
+
+    def applied(factor: Factor) -> Factor:
+        array = operation(factor.array, multiplier.over(factor.labels))
+        return replace(factor, array=array)
+
+    if set(varying) <= set(weight.b.labels):
+        return replace(rescaled, b=applied(weight.b))
+    if set(varying) <= set(weight.a.labels):
+        return replace(rescaled, a=applied(weight.a))
+    raise NotLowRank("is multiplied by an array along input and output axes")
 
 
 def _along_axes(weight: Weight, value: Any, cut: Callable) -> Weight:
     for axis, (before, after) in enumerate(zip(weight.value.shape, value.shape, strict=True)):
         if before != after:
-            label, operation = weight.axes[axis].label, cut(axis)
-            weight = weight.map_factors(lambda f, l=label, o=operation: f.along(l, o))
+            weight = _mapped_along(weight, weight.labels[axis], cut(axis))
     return weight.viewed(value)
 
 
@@ -126,7 +214,7 @@ def _repeated(weight: Weight, value: Any) -> Weight:
             shape = (*array.shape[:at], size, *array.shape[at + 1 :])
             return lax.broadcast_in_dim(array, shape, range(array.ndim))
 
-        weight = weight.map_factors(lambda f, l=axis.label, repeat=repeat: f.along(l, repeat))
+        weight = _mapped_along(weight, axis.label, repeat)
     return weight.viewed(value)
 
 
@@ -139,15 +227,6 @@ def _drop_units(weight: Weight, dropped: set[int]) -> Weight:
         label = weight.axes[index].label
         weight = weight.map_factors(lambda factor, label=label: factor.without(label))
     return weight
-
-
-def _add_units(weight: Weight, positions: list[int]) -> Weight:
-    axes = list(weight.axes)
-    for position in positions:
-        label = fresh_label(weight.viewed(weight.value, axes))
-        axes.insert(position, Axis(label, frozenset()))
-        weight = weight.map_factors(lambda factor, label=label: factor.with_unit(label))
-    return weight.viewed(weight.value, axes)
 
 
 def _regroup(weight: Weight, old: list[Axis], sizes: list[int]) -> Weight:

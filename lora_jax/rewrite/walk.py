@@ -5,22 +5,32 @@ its primitive's rule; where there is none, or the rule raises `NotLowRank`, the 
 W + ΔW is formed for that equation alone, inside whatever loop body it stands in.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from lora_jax.paths import named_leaves, path_key
 from lora_jax.rewrite.control import CONTROL
 from lora_jax.rewrite.products import PRODUCTS, Meeting
+from lora_jax.rewrite.sharding import SHARDING, varying
 from lora_jax.rewrite.source import as_from, where
+from lora_jax.rewrite.stacking import STACKING
 from lora_jax.rewrite.views import VIEWS
 from lora_jax.rewrite.weight import NotLowRank, Weight, effective_value
 
-RULES: dict[str, Callable[..., Sequence[Any]]] = {**VIEWS, **PRODUCTS, **CONTROL}
+RULES: dict[str, Callable[..., Sequence[Any]]] = {
+    **VIEWS,
+    **STACKING,
+    **PRODUCTS,
+    **CONTROL,
+    **SHARDING,
+}
 """From the name of a primitive to ``rule(walk, equation, *inputs) -> outputs``."""
 
 
@@ -72,6 +82,8 @@ class Walk:
         if self.dropout_key is None or rate == 0:
             return x
         key = path_key(self.dropout_key, weight.site.path)
+        if shards := sorted(varying(x)):
+            key = jax.random.fold_in(key, lax.axis_index(shards))
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
@@ -84,7 +96,7 @@ class Walk:
     def plain_function(self, jaxpr: Jaxpr | ClosedJaxpr, eqn: JaxprEqn) -> Callable[..., list[Any]]:
         """As `function`, with every output an array."""
         run = self.function(jaxpr)
-        leaves = NotLowRank("leaves a loop or branch")
+        leaves = NotLowRank("leaves a loop, branch or shard_map")
         return lambda *inputs: [self.plain(x, eqn, leaves) for x in run(*inputs)]
 
     def bind(self, eqn: JaxprEqn, *values: Any) -> list[Any]:
@@ -103,18 +115,32 @@ class Walk:
         self.note(x, eqn, refusal=refusal)
         return effective_value(x)
 
-    def note(self, weight: Weight, eqn: JaxprEqn, **seen: Any) -> None:
+    def note(
+        self,
+        weight: Weight,
+        eqn: JaxprEqn,
+        meeting: Meeting | None = None,
+        refusal: NotLowRank | None = None,
+    ) -> None:
         """Remember that ``eqn`` uses ``weight``; what was seen last of an equation holds."""
         if self.notes is None:
             return
-        key = weight.site.path, id(eqn), weight.axes
-        if key in self.notes and self.notes[key].refusal and "refusal" not in seen:
-            return  # One equation may use the same view twice: what is merged must stay told.
-        operation = eqn.primitive.name
-        present = frozenset().union(*(axis.base for axis in weight.axes))
-        self.notes[key] = Note(
-            weight.site.path, operation, where(eqn) or self.inside, present, **seen
-        )
+        seen = eqn.primitive.name, where(eqn) or self.inside
+        for note in _notes(weight, *seen, meeting, refusal):
+            key = note.path, id(eqn), weight.axes
+            if key in self.notes and self.notes[key].refusal and refusal is None:
+                continue  # One equation may use the same view twice: what is merged must stay told.
+            self.notes[key] = note
+
+    def returned(self, x: Any, name: str) -> Any:
+        """An output of the whole function as an array, with a note where it is a weight."""
+        if not isinstance(x, Weight):
+            return x
+        if self.notes is not None:
+            refusal = NotLowRank("is returned by the function")
+            notes = _notes(x, "return", name, None, refusal)
+            self.notes.update({(note.path, name): note for note in notes})
+        return effective_value(x)
 
     def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
@@ -143,6 +169,20 @@ def _rule_for(eqn: JaxprEqn) -> Callable[..., Sequence[Any]]:
     return RULES[eqn.primitive.name]
 
 
+def _notes(
+    weight: Weight, operation: str, place: str, meeting: Meeting | None, refusal: NotLowRank | None
+) -> Iterator[Note]:
+    """One note for each leaf that is in the weight."""
+    present = frozenset().union(*(axis.base for axis in weight.axes))
+    for path in (weight.site.path, *weight.others):
+        own = meeting and Meeting(*(_axes_of(path, axes) for axes in meeting))
+        yield Note(path, operation, place, _axes_of(path, present), own, refusal)
+
+
+def _axes_of(path: str, axes: frozenset[tuple[str, int]]) -> frozenset[int]:
+    return frozenset(axis for leaf, axis in axes if leaf == path)
+
+
 class Traced(NamedTuple):
     """A function of parameters as a jaxpr over named leaves."""
 
@@ -154,12 +194,13 @@ class Traced(NamedTuple):
     others: list[Any]
     """The array leaves of the other arguments: the rest of its inputs."""
     output_tree: Any
+    output_names: tuple[str, ...]
 
     def run(self, walk: Walk, weights: Mapping[str, Weight]) -> Any:
         """The function's output, with the given leaves replaced by symbolic weights."""
         inputs = [weights.get(path, self.leaves[path]) for path in self.paths]
         outputs = walk.function(self.jaxpr)(*inputs, *self.others)
-        plain = [x if not isinstance(x, Weight) else effective_value(x) for x in outputs]
+        plain = map(walk.returned, outputs, self.output_names)
         return jax.tree.unflatten(self.output_tree, plain)
 
 
@@ -171,21 +212,23 @@ def trace(function: Callable[..., Any], params: Any, args: tuple, kwargs: dict) 
     """
     leaves, tree = jax.tree.flatten((params, args, kwargs))
     dynamic = [index for index, leaf in enumerate(leaves) if _is_array(leaf)]
-    output_trees = []
+    output_structures = []
 
     def on_arrays(*arrays: Any) -> list[Any]:
         filled = list(leaves)
         for index, array in zip(dynamic, arrays, strict=True):
             filled[index] = array
         new_params, new_args, new_kwargs = jax.tree.unflatten(tree, filled)
-        outputs, output_tree = jax.tree.flatten(function(new_params, *new_args, **new_kwargs))
-        output_trees.append(output_tree)
-        return outputs
+        returned = function(new_params, *new_args, **new_kwargs)
+        outputs, output_tree = tree_flatten_with_path(returned)
+        names = tuple(f"output{keystr(key)}" for key, _ in outputs)
+        output_structures.append((output_tree, names))
+        return [output for _, output in outputs]
 
     arrays = [leaves[index] for index in dynamic]
     jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
     named = {path: leaf for path, leaf in named_leaves(params).items() if _is_array(leaf)}
-    return Traced(jaxpr, tuple(named), named, arrays[len(named) :], output_trees[-1])
+    return Traced(jaxpr, tuple(named), named, arrays[len(named) :], *output_structures[-1])
 
 
 def _is_array(leaf: Any) -> bool:

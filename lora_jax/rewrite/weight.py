@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from lora_jax.adapter import LoraPair
 from lora_jax.site import Site
-from lora_jax.variants import at_least_float32
+from lora_jax.variants import Factors, at_least_float32
 
 RANK = -1
 """The label of the rank axis."""
@@ -34,8 +33,8 @@ class Axis(NamedTuple):
     """One axis of a weight's view."""
 
     label: int
-    base: frozenset[int]
-    """The axes of the base weight it is made of; empty for an axis of size 1 made on the way."""
+    base: frozenset[tuple[str, int]]
+    """Leaf and axis of the base weights it is made of; empty for an axis made on the way."""
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +78,12 @@ class Factor:
         labels = (label, *_dropped(self.labels, label))
         return Factor(self.grouped(*((each,) for each in labels)), labels)
 
+    def over(self, labels: Sequence[int]) -> jax.Array:
+        """The array with one axis for each of ``labels``, of size 1 where it has none."""
+        ordered = self.grouped(*((label,) for label in labels if label in self.labels))
+        missing = [k for k, label in enumerate(labels) if label not in self.labels]
+        return lax.expand_dims(ordered, missing)
+
     def regrouped(self, old: Sequence[int], new: Sequence[int], sizes: list[int]) -> "Factor":
         """Reshape the axes ``old`` into axes ``new`` of the given sizes, where it has them."""
         if not set(old) <= set(self.labels):
@@ -96,8 +101,13 @@ class Weight:
     site: Site = field(metadata={"static": True})
     axes: tuple[Axis, ...] = field(metadata={"static": True})
     value: jax.Array
-    a: Factor | None
-    b: Factor | None
+    a: Factor | None = None
+    b: Factor | None = None
+    magnitude: Factor | None = None
+    """DoRA's m / ‖W + ΔW‖, over stack and output axes; None elsewhere."""
+    scale: float = field(default=1.0, metadata={"static": True})
+    others: tuple[str, ...] = field(default=(), metadata={"static": True})
+    """Paths of the leaves that are stacked with the site's own."""
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -121,25 +131,26 @@ class Weight:
         return [label for label in self.labels if label in factor.labels and label not in stack]
 
     def map_factors(self, operation: Callable[[Factor], Factor]) -> "Weight":
-        """The weight with ``operation`` applied to both factors; the value stays."""
-        if self.a is None or self.b is None:
-            return self
-        return replace(self, a=operation(self.a), b=operation(self.b))
+        """The weight with ``operation`` applied to every factor; the value stays."""
+        mapped = [None if f is None else operation(f) for f in (self.a, self.b, self.magnitude)]
+        return replace(self, a=mapped[0], b=mapped[1], magnitude=mapped[2])
 
     def viewed(self, value: jax.Array, axes: Iterable[Axis] | None = None) -> "Weight":
         """The weight after an operation that gave ``value`` and reordered or dropped axes."""
         return replace(self, value=value, axes=self.axes if axes is None else tuple(axes))
 
 
-def symbolic_weight(site: Site, value: jax.Array, pair: LoraPair | None) -> Weight:
-    """The weight as the function receives it; without a pair, one whose roles are unknown."""
-    axes = tuple(Axis(axis, frozenset({axis})) for axis in range(len(site.shape)))
-    if pair is None:
-        return Weight(site, axes, value, None, None)
+def symbolic_weight(site: Site, value: jax.Array, factors: Factors | None) -> Weight:
+    """The weight as the function receives it; without factors, one whose roles are unknown."""
+    axes = tuple(Axis(axis, frozenset({(site.path, axis)})) for axis in range(len(site.shape)))
+    if factors is None:
+        return Weight(site, axes, value)
     stack, inputs, outputs = site.axes("stack"), site.axes("in"), site.axes("out")
-    a = Factor(pair.a, (*stack, *inputs, RANK))
-    b = Factor(pair.b, (*stack, RANK, *outputs))
-    return Weight(site, axes, value, a, b)
+    a = Factor(factors.a, (*stack, *inputs, RANK))
+    b = Factor(factors.b, (*stack, RANK, *outputs))
+    m = factors.magnitude
+    magnitude = None if m is None else Factor(m, (*stack, *outputs))
+    return Weight(site, axes, value, a, b, magnitude, factors.scale)
 
 
 def effective_value(weight: Weight) -> jax.Array:
@@ -148,8 +159,11 @@ def effective_value(weight: Weight) -> jax.Array:
         return weight.value
     a, b = (replace(f, array=at_least_float32(f.array)) for f in (weight.a, weight.b))
     product = contract(a, b, [RANK], preferred_element_type=a.array.dtype)
-    delta = product.grouped(*((label,) for label in weight.labels)) * weight.site.scale
-    return (at_least_float32(weight.value) + delta).astype(weight.value.dtype)
+    delta = product.grouped(*((label,) for label in weight.labels)) * weight.scale
+    total = at_least_float32(weight.value) + delta
+    if weight.magnitude is not None:
+        total = total * weight.magnitude.over(weight.labels)
+    return total.astype(weight.value.dtype)
 
 
 def contract(left: Factor, right: Factor, over: Sequence[int], **dot_options) -> Factor:
@@ -182,20 +196,20 @@ def leading_slices(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
     """
     label = weight.axes[0].label
     sliced = weight.map_factors(lambda f: f.leading(label) if label in f.labels else f)
-    factors = [f for f in (sliced.a, sliced.b) if f is not None]
-    carried = [f.array if label in f.labels else None for f in factors]
+    factors = (sliced.a, sliced.b, sliced.magnitude)
+    carried = [f.array if f is not None and label in f.labels else None for f in factors]
 
     def rebuild(arrays: tuple[jax.Array, list[jax.Array | None]]) -> Weight:
         value, parts = arrays
-        inner = [_inner(f, part) for f, part in zip(factors, parts, strict=True)]
-        a, b = inner or (None, None)
-        return replace(weight, axes=weight.axes[1:], value=value, a=a, b=b)
+        a, b, magnitude = (_inner(f, part) for f, part in zip(factors, parts, strict=True))
+        axes = weight.axes[1:]
+        return replace(weight, axes=axes, value=value, a=a, b=b, magnitude=magnitude)
 
     return (weight.value, carried), rebuild
 
 
-def _inner(factor: Factor, part: jax.Array | None) -> Factor:
-    return factor if part is None else Factor(part, factor.labels[1:])
+def _inner(factor: Factor | None, part: jax.Array | None) -> Factor | None:
+    return factor if factor is None or part is None else Factor(part, factor.labels[1:])
 
 
 def fresh_label(weight: Weight) -> int:

@@ -272,7 +272,7 @@ CASES = [
     Case("custom_vjp_on_weight", _custom_vjp_on_weight, {"w": (4, 6)}, (2, 4), {"w": "in out"},
          ("w",)),
     Case("name_and_barrier", _name_and_barrier, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
-    Case("flipped", _flipped, {"w": (4, 6)}, (2, 4), {"w": "in out"}, ("w",)),
+    Case("flipped", _flipped, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
     Case("fortran_order", _fortran_order, {"w": (4, 4)}, (2, 4), {"w": "in out"}, ("w",)),
     Case("fortran_square", _fortran_square, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("one_batched_expert", _one_batched_expert, {"w": (1, 3, 4)}, (2, 4), {"w": "stack in out"},

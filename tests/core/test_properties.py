@@ -6,28 +6,26 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
+from lora_jax.adapter import shapes_of
 
 import cases
 
 pytestmark = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 
 
-def setup(case, rank=2, alpha=3.0, dtype=jnp.float64):
+both_variants = pytest.mark.parametrize("variant", ["lora", "dora"])
+
+
+def setup(case, rank=2, alpha=3.0, dtype=jnp.float64, variant="lora"):
     params, x = cases.make_params(case, dtype), cases.make_input(case, dtype)
     targets = tuple(case.roles)
-    config = lora.LoraConfig(rank=rank, alpha=alpha, targets=targets, axes=case.axes)
+    config = lora.LoraConfig(rank, alpha, targets, axes=case.axes, variant=variant)
     return params, x, lora.plan(case.model_fn, params, x, config=config)
 
 
 def random_adapter(plan, dtype=jnp.float64, seed=2):
     rng = np.random.default_rng(seed)
-    return {
-        path: lora.LoraPair(
-            jnp.asarray(rng.normal(size=site.a_shape), dtype),
-            jnp.asarray(rng.normal(size=site.b_shape), dtype),
-        )
-        for path, site in plan.items()
-    }
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), dtype), shapes_of(plan))
 
 
 def scalar(adapted):
@@ -46,8 +44,9 @@ def test_roles_are_found_and_merges_are_told(case):
     assert all(site.uses for site in plan.values())
 
 
-def test_fresh_adapter_changes_nothing(case):
-    params, x, plan = setup(case)
+@both_variants
+def test_fresh_adapter_changes_nothing(case, variant):
+    params, x, plan = setup(case, variant=variant)
     adapter = lora.init(jax.random.key(0), params, plan)
     expected = jax.tree.leaves(jax.jit(case.model_fn)(params, x))
     adapted = jax.jit(lora.adapt(case.model_fn, plan))(params, adapter, x)
@@ -55,8 +54,9 @@ def test_fresh_adapter_changes_nothing(case):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_low_rank_equals_merge_in_value_and_gradient(case):
-    params, x, plan = setup(case)
+@both_variants
+def test_low_rank_equals_merge_in_value_and_gradient(case, variant):
+    params, x, plan = setup(case, variant=variant)
     adapter = random_adapter(plan)
     low_rank = scalar(lora.adapt(case.model_fn, plan))
     merge = scalar(lora.adapt(case.model_fn, plan, mode="merge"))

@@ -1,0 +1,116 @@
+"""Which leaves a target means: a regular expression, the name of a preset, or a function.
+
+A preset picks among the weights that the model function contracts with an activation; it never
+picks an embedding table or an output head, which have to be asked for by name.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+Target = str | Callable[[str, Any], bool]
+"""A regular expression that matches the whole path; a key of `PRESETS`; or ``f(path, leaf)``."""
+
+
+class Leaf(NamedTuple):
+    """A leaf of the parameter tree, as far as targets look at it."""
+
+    path: str
+    array: Any
+    """Whatever has its shape and dtype."""
+    matrix: tuple[int, int] | None = None
+    """Input and output features where the function contracts it, and only that; else None."""
+
+
+HEADS = re.compile(
+    r"(?i)lm_head|head|heads|output_head|unembed(ding)?|embed_out|output|logits|classifier|score"
+    r"|embed|embed_tokens|embeddings?|tok_embeddings|token_embedding|word_embeddings|wte|shared"
+)
+"""Modules whose weight is an output head or an embedding table, in the usual frameworks."""
+
+ATTENTION = re.compile(
+    r"(?i)(.*[_.])?(attn|attention|mha|multihead\w*|selfattention|crossattention)([_.\d].*)?"
+    r"|multihead.*|selfattention.*"
+    r"|[qkvo]|[qkvo]_proj|[qkv]_einsum|qkv(_proj|_einsum)?|w[qkvo]|wqkv|query|key|value"
+    r"|query_key_value|c_attn|attn_vec_einsum"
+)
+"""Parts of a path that belong to attention."""
+
+MLP = re.compile(
+    r"(?i)(.*[_.])?(mlp|ffn|ffw|feed_?forward|moe|experts?)([_.\d].*)?|mlp.*|feedforward.*"
+    r"|gate_proj|up_proj|down_proj|gate_up_proj|gate|up|down|fc_?(1|2|in|out)|c_fc|w[123]"
+    r"|w[io](_[01])?|lin[12]|dense_h_to_4h|dense_4h_to_h|gating_einsum|intermediate"
+)
+"""Parts of a path that belong to the feed-forward block."""
+
+PARAMETER = re.compile(r"(?i)kernel|weights?|w|embedding|bias|value|scale|base")
+"""Names of a parameter within its module."""
+
+
+def _all_linear(leaf: Leaf) -> bool:
+    return HEADS.fullmatch(module_of(leaf.path)) is None
+
+
+def _attention(leaf: Leaf) -> bool:
+    return _all_linear(leaf) and any(map(ATTENTION.fullmatch, leaf.path.split("/")))
+
+
+def _mlp(leaf: Leaf) -> bool:
+    inside = any(map(MLP.fullmatch, leaf.path.split("/")))
+    return _all_linear(leaf) and inside and not _attention(leaf)
+
+
+def _square(leaf: Leaf) -> bool:
+    return leaf.matrix is not None and leaf.matrix[0] == leaf.matrix[1]
+
+
+PRESETS: dict[str, Callable[[Leaf], bool]] = {
+    "all-linear": _all_linear,
+    "attention": _attention,
+    "mlp": _mlp,
+    "square": _square,
+}
+"""``all-linear``: every weight that is contracted, minus heads and embeddings (as in PEFT);
+``attention``, ``mlp``: those of them whose path says so; ``square``: as many input as output
+features, the rule of MiniMind's LoRA."""
+
+
+def matches(target: Target, leaf: Leaf) -> bool:
+    """Whether ``target`` picks ``leaf``.
+
+    >>> matches(".*_proj/kernel", Leaf("layers/q_proj/kernel", None))
+    True
+    >>> matches("attention", Leaf("layers/self_attn/out/kernel", None, (8, 8)))
+    True
+    """
+    if not isinstance(target, str):
+        return bool(target(leaf.path, leaf.array))
+    if target in PRESETS:
+        return leaf.matrix is not None and PRESETS[target](leaf)
+    return re.fullmatch(target, leaf.path) is not None
+
+
+def first_match(targets: Iterable[Target], leaf: Leaf) -> Target | None:
+    """The first target that picks ``leaf``; None if none does."""
+    return next((target for target in targets if matches(target, leaf)), None)
+
+
+def is_static(target: Target) -> bool:
+    """Whether the target is decided by path and shape alone, without knowing any use."""
+    return target not in PRESETS
+
+
+def described(target: Target) -> str:
+    """The target as an error message names it."""
+    return repr(target) if isinstance(target, str) else f"{getattr(target, '__name__', target)}()"
+
+
+def module_of(path: str) -> str:
+    """The name of the module that a parameter belongs to.
+
+    >>> module_of("layers/0/lm_head/kernel"), module_of("embed")
+    ('lm_head', 'embed')
+    """
+    parts = path.split("/")
+    own = [part for part in parts if not PARAMETER.fullmatch(part)]
+    return (own or parts)[-1]
