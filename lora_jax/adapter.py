@@ -138,7 +138,8 @@ def _problems(adapter: Adapter, plan: Plan) -> Iterable[str]:
             yield f"no entry for {path!r}: make the adapter with init(key, params, plan)"
     for path, entry in adapter.items():
         if path not in plan:
-            yield f"entry {path!r} is not in the plan (nearest: {nearest(path, plan) or 'none'})"
+            near = ", ".join(nearest(path, plan)) or "none"
+            yield f"entry {path!r} is not in the plan (nearest: {near})"
         elif not isinstance(entry, expected := ENTRIES[plan[path].variant]):
             fields = ", ".join(plan[path].entry_shapes)
             kind = type(entry).__name__

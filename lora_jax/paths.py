@@ -86,7 +86,9 @@ def require_known(paths: Iterable[str], known: Iterable[str]) -> None:
     known = set(known)
     unknown = sorted(path for path in paths if path not in known)
     if unknown:
-        hints = (f"{path!r} (nearest: {nearest(path, known) or 'none'})" for path in unknown)
+        hints = (
+            f"{path!r} (nearest: {', '.join(nearest(path, known)) or 'none'})" for path in unknown
+        )
         raise InputError("no such leaf: " + "; ".join(hints))
 
 

@@ -19,7 +19,7 @@ The tree before and after, for a function ``model_fn(params, x)`` with one dense
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,10 +86,11 @@ def plan(
         _unplanned(path, leaf) for path, leaf in leaves.items() if _watched(path, leaf, config)
     ]
     seen = _seen(traced, watched)
-    known = {site.path: _roles(site, seen[site.path], config) for site in watched}
+    unread = {path: _why_unread(path, traced) for path, notes in seen.items() if not notes}
+    known = {s.path: _roles(s, seen[s.path], config) for s in watched if s.path not in unread}
     candidates = [_candidate(path, leaf, known, seen) for path, leaf in leaves.items()]
-    sites, problems = select(candidates, known, config)
-    raise_all([*problems, *_unread_problems(sites, seen, traced)])
+    sites, problems = select(candidates, {**known, **unread}, config, unread)
+    raise_all(problems)
     sites, problems = _with_uses(sites, _seen(traced, sites), strict)
     raise_all(problems)
     return Plan(tuple(sites), _parameters(leaves))
@@ -178,8 +179,6 @@ def _roles(site: Site, notes: list[Note], config: LoraConfig) -> Roles:
     """The role of each axis, or why there are none."""
     if config.roles_for(site.path) is not None:
         return _declared(site.path, site, config)
-    if not notes:
-        return "is never read by the function: drop the target"
     inputs, outputs = _in_and_out(notes)
     if not inputs or not outputs:
         return (
@@ -215,19 +214,13 @@ def _in_and_out(notes: list[Note]) -> tuple[frozenset[int], frozenset[int]]:
 _NONE: frozenset[int] = frozenset()
 
 
-def _unread_problems(
-    sites: list[Site], seen: Mapping[str, list[Note]], traced: Traced
-) -> Iterable[str]:
-    """Sites of leaves that the function doesn't read from its argument."""
-    for site in sites:
-        if not seen[site.path]:
-            closed_over = any(const is traced.leaves[site.path] for const in traced.jaxpr.consts)
-            yield f"{site.path!r} " + (
-                "is closed over: the function uses the array itself instead of reading it from "
-                "its first argument, so no adapter can reach it"
-                if closed_over
-                else "is never read by the function: drop the target"
-            )
+def _why_unread(path: str, traced: Traced) -> str:
+    if any(const is traced.leaves[path] for const in traced.jaxpr.consts):
+        return (
+            "is closed over: the function uses the array itself instead of reading it from its "
+            "first argument, so no adapter can reach it"
+        )
+    return "is never read by the function: drop the target"
 
 
 def _with_uses(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ Roles = tuple[Role, ...] | str
 
 
 def select(
-    leaves: list[Leaf], known: Mapping[str, Roles], config: LoraConfig
+    leaves: list[Leaf],
+    known: Mapping[str, Roles],
+    config: LoraConfig,
+    unread: Container[str] = (),
 ) -> tuple[list[Site], list[str]]:
     """The sites that ``config`` asks for among ``leaves``, and everything that is wrong with it.
 
@@ -28,6 +31,7 @@ def select(
       leaves: the whole tree, in its order.
       known: the axis roles of those leaves that may be targeted.
       config: the rules.
+      unread: leaves that can't be trained in any way, for the reason in ``known``.
     """
     matched = {leaf.path: config.rule_for(leaf) for leaf in leaves}
     problems = [*_idle_patterns(leaves, config), *_idle_rules(leaves, matched, config)]
@@ -35,7 +39,8 @@ def select(
     for leaf in leaves:
         if rule := matched[leaf.path]:
             roles = known.get(leaf.path, "is not floating")
-            wrong = list(_leaf_problems(leaf.array, rule, roles))
+            whole = rule.variant == "full" and leaf.path not in unread
+            wrong = list(_leaf_problems(leaf.array, rule, roles, whole))
             problems += [f"{leaf.path!r} {problem}" for problem in wrong]
             sites += [] if wrong else [_site(leaf, rule, roles, config)]
     return sites, problems
@@ -97,13 +102,13 @@ def _idle_rules(
             )
 
 
-def _leaf_problems(leaf: Any, rule: Rule, roles: Roles) -> Iterator[str]:
+def _leaf_problems(leaf: Any, rule: Rule, roles: Roles, whole: bool) -> Iterator[str]:
     if dtype_name(leaf) not in ADAPTABLE:
         yield (
             f"is {dtype_name(leaf)}, only {', '.join(ADAPTABLE)} weights can be adapted: exclude it"
         )
-    elif rule.variant == "full":
-        return
+    elif whole:
+        return  # No axis of it has to have a role.
     elif isinstance(roles, str):
         yield roles
     elif rule.variant == "rows":

@@ -23,7 +23,7 @@ def shard_map(walk, eqn, *inputs):
     """
     params = eqn.params
     checked, out_specs = params["check_vma"], tuple(params["out_specs"])
-    own_masks = [] if checked else _in_every(out_specs)
+    own_masks = () if checked else _in_every(out_specs)
 
     def body(*shards: Any) -> tuple[Any, ...]:
         inside = walk.at(lax.axis_index(own_masks)) if own_masks else walk
@@ -78,10 +78,10 @@ def _specs(x: Any, spec: PartitionSpec) -> Any:
     return replace(x.map_factors(factor_spec), value=spec)
 
 
-def _in_every(specs: tuple[PartitionSpec, ...]) -> list[str]:
+def _in_every(specs: tuple[PartitionSpec, ...]) -> tuple[str, ...]:
     """The mesh axes that each of the specs shards something over."""
     named = [{name for entry in spec for name in _names(entry)} for spec in specs]
-    return sorted(set.intersection(*named)) if named else []
+    return tuple(sorted(set.intersection(*named))) if named else ()
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, path_key
 from lora_jax.rewrite.control import CONTROL
 from lora_jax.rewrite.products import PRODUCTS, Meeting
@@ -22,7 +23,7 @@ from lora_jax.rewrite.sharding import SHARDING, varying
 from lora_jax.rewrite.source import as_from, where
 from lora_jax.rewrite.stacking import STACKING
 from lora_jax.rewrite.views import VIEWS
-from lora_jax.rewrite.weight import NotLowRank, Weight, effective_value
+from lora_jax.rewrite.weight import NotLowRank, RolesContradict, Weight, effective_value
 
 RULES: dict[str, Callable[..., Sequence[Any]]] = {
     **VIEWS,
@@ -82,7 +83,7 @@ class Walk:
         if self.dropout_key is None or rate == 0:
             return x
         key = path_key(self.dropout_key, weight.site.path)
-        if shards := sorted(varying(x)):
+        if shards := tuple(sorted(varying(x))):
             key = jax.random.fold_in(key, lax.axis_index(shards))
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
@@ -160,7 +161,19 @@ class Walk:
         try:
             return _rule_for(eqn)(self.at(place).within(eqn), eqn, *inputs)
         except NotLowRank as refusal:
+            if isinstance(refusal, RolesContradict) and self.notes is None:
+                raise _contradiction(eqn, inputs, refusal) from None
             return self.bind(eqn, *(self.plain(x, eqn, refusal) for x in inputs))
+
+
+def _contradiction(eqn: JaxprEqn, inputs: Sequence[Any], refusal: NotLowRank) -> InputError:
+    """Planning would have refused it: the plan was made for another function, or without one."""
+    sites = [x.site for x in inputs if isinstance(x, Weight)]
+    roles = "; ".join(f"{site.path!r} has axis roles {' '.join(site.roles)}" for site in sites)
+    return InputError(
+        f"the plan does not fit the function: {roles}, but {eqn.primitive.name} at {where(eqn)} "
+        f"{refusal}: plan with this function, or declare the roles that it uses"
+    )
 
 
 def _rule_for(eqn: JaxprEqn) -> Callable[..., Sequence[Any]]:

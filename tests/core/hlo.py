@@ -88,10 +88,10 @@ class _Walk:
             "tuple": lambda: tuple(inputs),
             "get-tuple-element": lambda: inputs[0][each.index],
             "opt-barrier": lambda: inputs[0],
-            "while": lambda: self.loop(*each.called("body"), inputs[0]),
+            "while": lambda: self.loop(each.called("body")[0], inputs[0]),
             "conditional": lambda: self.branches(each, inputs[1:], in_loop),
-            "fusion": lambda: self.run(*each.called("calls"), inputs, in_loop=in_loop),
-            "call": lambda: self.run(*each.called("to_apply"), inputs, in_loop=in_loop),
+            "fusion": lambda: self.run(each.called("calls")[0], inputs, in_loop=in_loop),
+            "call": lambda: self.run(each.called("to_apply")[0], inputs, in_loop=in_loop),
         }
         return rules.get(each.opcode, lambda: _any(each.shape, inputs))()
 

@@ -1,7 +1,9 @@
 """Where the plan says low-rank, the compiled gradient holds no dW and no W + ΔW: read from HLO."""
 
+from functools import cache
 from itertools import groupby
 
+import hlo
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,6 @@ from jax import lax
 import lora_jax as lora
 
 import cases
-import hlo
 
 RANKS = {"broadcast_weight": 1, "conv_depthwise_nchw": 1}
 """Other than 2 where the function repeats a factor, which then has as many elements as W."""
@@ -32,12 +33,14 @@ def merged_paths(plan):
     return {path for path, site in plan.items() if any(use.merged_because for use in site.uses)}
 
 
-def widened(case):
+@cache
+def widened(name):
     """The case with each size that its function does not insist on made a prime of its own.
 
     So no activation has as many elements as a weight by chance: a product of primes tells its
     factors.
     """
+    case = next(case for case in cases.CASES if case.name == name)
     sizes = {("x", k): size for k, size in enumerate(case.x)}
     for name, shape in case.shapes.items():
         sizes |= {(name, k): size for k, size in enumerate(shape)}
@@ -81,8 +84,13 @@ def adapter_arrays(case, mode="low_rank"):
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, plan))
     loss = scalar(lora.adapt(case.model_fn, plan, mode=mode))
     function = loss if "grad" in case.lacks else jax.grad(loss)
-    text = jax.jit(function, keep_unused=True).lower(adapter, params, x).compile().as_text()
-    return hlo.arrays_depending_on(text, len(jax.tree.leaves(adapter))), plan
+    return depending_on_first(function, adapter, params, x), plan
+
+
+def depending_on_first(function, adapter, *args):
+    lowered = jax.jit(function, keep_unused=True).lower(adapter, *args)
+    text = lowered.compile({"xla_llvm_disable_expensive_passes": True}).as_text()
+    return hlo.arrays_depending_on(text, len(jax.tree.leaves(adapter)))
 
 
 def of_a_weights_size(arrays, site):
@@ -93,7 +101,7 @@ def of_a_weights_size(arrays, site):
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_a_weights_size_appears_where_the_plan_says_merged_and_nowhere_else(case):
-    arrays, plan = adapter_arrays(widened(case))
+    arrays, plan = adapter_arrays(widened(case.name))
     assert arrays
     found = {path: of_a_weights_size(arrays, site) for path, site in plan.items()}
     expected = merged_paths(plan) if case.name not in MERGED_ROW_BY_ROW else set()
@@ -102,7 +110,7 @@ def test_a_weights_size_appears_where_the_plan_says_merged_and_nowhere_else(case
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_merging_first_would_show(case):
-    arrays, plan = adapter_arrays(widened(case), mode="merge")
+    arrays, plan = adapter_arrays(widened(case.name), mode="merge")
     assert all(of_a_weights_size(arrays, site) for site in plan.values())
 
 
@@ -135,17 +143,15 @@ def test_what_is_merged_in_a_loop_is_merged_inside_its_body(model_fn):
 
 
 def test_the_gradient_of_the_weight_itself_would_show():
-    case = widened(cases.CASES[0])
+    case = widened("dense")
     params, x, plan = planned(case)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, plan))
     both = jax.grad(scalar(lora.adapt(case.model_fn, plan)), argnums=(0, 1))
-    text = jax.jit(both, keep_unused=True).lower(adapter, params, x).compile().as_text()
-    arrays = hlo.arrays_depending_on(text, len(jax.tree.leaves(adapter)))
-    assert of_a_weights_size(arrays, plan["w"])
+    assert of_a_weights_size(depending_on_first(both, adapter, params, x), plan["w"])
 
 
 def test_widened_weights_have_sizes_of_their_own():
     for case in cases.CASES:
-        _, _, plan = planned(widened(case))
+        _, _, plan = planned(widened(case.name))
         matrices = [site.fan_in * site.fan_out for site in plan.values()]
         assert len(set(matrices)) == len(matrices) or not case.merged, case.name

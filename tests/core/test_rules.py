@@ -485,6 +485,7 @@ def rules_of(case, **values):
         "reversed_layers",
         "scaled_by_three",
         "scaled_outputs",
+        "scaled_inputs",
         "row_checked",
         "row_and_column_unchecked",
         "scan_inside",
