@@ -22,8 +22,8 @@ from gguf.constants import (
     GGUFValueType,
 )
 
-from interop.files import existing_file
 from lora_jax.errors import InputError
+from lora_jax.files import existing_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

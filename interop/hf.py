@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from interop.files import atomic_directory, write_text
 from interop.hf_config import read_config, to_attributes
 from interop.keymaps import LLAMA, flatten, from_torch, llama_shapes, to_torch
 from interop.tokenizer import ChatTokenizer, token_ids, with_pad, write_tokenizer
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError
+from lora_jax.files import atomic_directory, write_text
 from lora_jax.models.config import DecoderConfig
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.files import read_json
 from lora_jax.errors import InputError
+from lora_jax.files import read_json
 from lora_jax.models.config import DecoderConfig
 
 

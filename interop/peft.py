@@ -24,9 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from interop import torch_io
-from interop.files import write_text
 from interop.keymaps import Keymap, Rule, module_name
-from interop.manifest import MANIFEST, checked_base, new_or_replaced, to_json, write_manifest
 from interop.peft_config import (
     PeftConfig,
     Setting,
@@ -37,6 +35,8 @@ from interop.peft_config import (
 )
 from lora_jax.adapter import Adapter, LoraPair, check
 from lora_jax.errors import InputError
+from lora_jax.files import write_text
+from lora_jax.manifest import MANIFEST, checked_base, new_or_replaced, to_json, write_manifest
 from lora_jax.paths import named_leaves, nearest
 from lora_jax.site import Plan, Site
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interop.keymaps import Keymap, module_name
-from interop.manifest import read_small_json
 from lora_jax.errors import InputError
+from lora_jax.manifest import read_small_json
 from lora_jax.site import Plan, Site
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from interop.files import existing_file, read_json, write_text
 from lora_jax.errors import InputError
+from lora_jax.files import existing_file, read_json, write_text
 
 
 class ChatTokenizer(NamedTuple):

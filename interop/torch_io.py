@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from interop.files import atomic_file, existing_file, read_json, write_text
 from lora_jax.errors import InputError
+from lora_jax.files import atomic_file, existing_file, read_json, write_text
 
 Tensors = dict[str, np.ndarray]
 

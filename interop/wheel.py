@@ -23,8 +23,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from interop.files import atomic_file
 from lora_jax.errors import InputError
+from lora_jax.files import atomic_file
 
 CACHE_VARIABLE = "LORA_JAX_CACHE"
 _POLL_SECONDS = 0.1

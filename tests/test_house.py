@@ -17,16 +17,17 @@ import lora_jax
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("lora_jax/**/*.py"), *ROOT.glob("interop/**/*.py")])
 CORE = (
-    ("errors", "paths", "site"),
+    ("errors", "paths", "site", "files"),
+    ("targets", "manifest"),
     ("config",),
     ("adapter",),
     ("variants",),
     ("initialisers", "merging", "rewrite"),
-    ("planning", "adapting", "explanation"),
+    ("selection", "planning", "adapting", "explanation"),
 )
 LAYER = {name: layer for layer, names in enumerate(CORE) for name in names}
 SIDE_ROOMS = ("train", "models", "data")
-ALLOWED_IN_SIDE_ROOMS = {"errors", "paths"}
+ALLOWED_IN_SIDE_ROOMS = {"errors", "paths", "files", "manifest"}
 
 
 def imports(path: Path, *, module_level: bool = False) -> set[str]:

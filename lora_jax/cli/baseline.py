@@ -68,7 +68,7 @@ def _read(path: Path, questions: int) -> Judgement | None:
 
 
 def _write(path: Path, judgement: Judgement) -> None:
-    from interop.files import write_text
+    from lora_jax.files import write_text
 
     with contextlib.suppress(OSError, InputError):  # A cache that is full costs time, not the run.
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

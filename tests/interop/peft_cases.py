@@ -12,8 +12,8 @@ import torch
 
 import lora_jax as lora
 from interop import hf, torch_io
-from interop.manifest import MANIFEST
 from interop.peft import CONFIG, WEIGHTS
+from lora_jax.manifest import MANIFEST
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder, init_params
 

@@ -12,8 +12,8 @@ import lora_jax as lora
 from interop import peft, pretrained, torch_io
 from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
 from interop.keymaps import LLAMA
-from interop.manifest import MANIFEST
 from lora_jax.cli.verify_report import render
+from lora_jax.manifest import MANIFEST
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15]]
 CRITERIA = Criteria(max_logit_difference=1e-5, min_effect=1.0, min_positions=50)

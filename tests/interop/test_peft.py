@@ -16,9 +16,9 @@ from peft.utils.other import get_pattern_key
 import lora_jax as lora
 from interop import peft
 from interop.keymaps import LLAMA, Keymap, Rule, module_name
-from interop.manifest import MANIFEST
 from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from interop.peft_config import PeftConfig, adapted_modules, config_of, module_names
+from lora_jax.manifest import MANIFEST
 from lora_jax.models.decoder import param_shapes
 from lora_jax.site import Plan, Site
 

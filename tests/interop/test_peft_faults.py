@@ -11,8 +11,8 @@ import pytest
 import lora_jax as lora
 from interop import peft
 from interop.keymaps import LLAMA
-from interop.manifest import MANIFEST
 from interop.peft import CONFIG, WEIGHTS
+from lora_jax.manifest import MANIFEST
 from lora_jax.site import Plan, Site
 
 from peft_cases import (

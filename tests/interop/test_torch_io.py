@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 from interop import torch_io
-from interop.files import atomic_directory, write_text
 from lora_jax.errors import InputError
+from lora_jax.files import atomic_directory, write_text
 
 DTYPES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),

@@ -94,6 +94,16 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_tree(directory: Path) -> None:
+    """Have every file and directory below ``directory`` on the disk before returning."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir():
+            _sync_directory(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 

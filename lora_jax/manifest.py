@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.files import atomic_directory, existing_file, read_json, write_text
 from lora_jax.errors import InputError
+from lora_jax.files import atomic_directory, existing_file, read_json, write_text
 
 MANIFEST = "manifest.json"
 
