@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_jax.merging import merge, rounding_loss
     from lora_jax.planning import plan, plan_from_axes
     from lora_jax.site import Plan, Site, Use
+    from lora_jax.train.partition import labels, partition
 
 _HOME = {
     "DoraTriple": "adapter",
@@ -37,7 +38,9 @@ _HOME = {
     "count": "adapter",
     "explain": "explanation",
     "init": "initialisers",
+    "labels": "train.partition",
     "merge": "merging",
+    "partition": "train.partition",
     "plan": "planning",
     "plan_from_axes": "planning",
     "rounding_loss": "merging",
@@ -45,8 +48,8 @@ _HOME = {
 
 __all__ = [
     "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Plan", "Rows", "Rule", "Site",
-    "Use", "adapt", "cast", "count", "explain", "init", "merge", "plan", "plan_from_axes",
-    "rounding_loss",
+    "Use", "adapt", "cast", "count", "explain", "init", "labels", "merge", "partition", "plan",
+    "plan_from_axes", "rounding_loss",
 ]  # fmt: skip
 
 

@@ -243,6 +243,7 @@ def _with_uses(
         for note in seen[site.path]
         if site.dropout and note.refusal
     ]
+    problems = list(dict.fromkeys(problems))  # One line may read a weight twice.
     used = [replace(site, uses=_uses(seen[site.path], bool(site.roles))) for site in sites]
     return used, problems
 

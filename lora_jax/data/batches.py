@@ -1,27 +1,31 @@
-"""Turns packed sequences into batches of fixed shape, shuffled anew each epoch.
+"""Turns arranged sequences into batches of few shapes, shuffled anew each epoch.
 
-Rows are packed once and the sequences are shuffled, not the rows: the shapes are then the same
-in every epoch and for every seed, so one compiled step serves the whole run, and the state of
-the iterator is one number. Rows in one sequence don't see each other, so which of them share a
-sequence only says which share a batch.
+Rows are arranged once and the sequences are shuffled, not the rows: the shapes are then the same
+in every epoch and for every seed, so one compiled step a shape serves the whole run, and the
+state of the iterator is one number. Rows in one sequence don't see each other, so which of them
+share a sequence only says which share a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lora_jax.data.batch_plan import BatchPlan, Shape, next_is_trained
+from lora_jax.data.batch_plan import plan_batches as plan_batches
 from lora_jax.data.packing import Packed
 from lora_jax.errors import InputError
 
 if TYPE_CHECKING:
     import grain
 
-PREDICTIONS_MULTIPLE = 32
+
+BATCHES_VERSION = 1
+"""Raised when the same groups, plan and seed come to give other batches."""
 
 
 class Batch(NamedTuple):
@@ -49,133 +53,107 @@ class Batch(NamedTuple):
     weights: np.ndarray
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """The shapes and counts of a run over packed sequences, all known before it starts.
-
-    Attributes:
-      rows: conversations.
-      sequences: packed sequences.
-      length: T, positions in a sequence.
-      tokens: tokens of all rows, padding not counted.
-      trained_tokens: tokens that are predicted, each once an epoch.
-      batch_size: B, sequences in a (micro-)batch.
-      accumulate: A, micro-batches in a step, or None for batches without that axis.
-      epochs: how often each sequence is seen.
-      predictions: N, the same for every batch.
-    """
-
-    rows: int
-    sequences: int
-    length: int
-    tokens: int
-    trained_tokens: int
-    batch_size: int
-    accumulate: int | None
-    epochs: int
-    predictions: int
-
-    @property
-    def sequences_per_step(self) -> int:
-        return self.batch_size * (self.accumulate or 1)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.sequences // self.sequences_per_step)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-    @property
-    def padding_share(self) -> float:
-        """The share of computed positions that hold no token, empty sequences included."""
-        computed = self.steps_per_epoch * self.sequences_per_step * self.length
-        return 1 - self.tokens / computed
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} rows, {self.tokens} tokens, {self.trained_tokens} trained "
-            f"({self.trained_tokens / self.tokens:.0%}), in {self.sequences} sequences of "
-            f"{self.length} ({self.padding_share:.0%} padding); {self.sequences_per_step} "
-            f"sequences a step, {self.steps_per_epoch} steps an epoch, {self.steps} in all"
-        )
-
-
-def plan_batches(
-    packed: Packed, *, batch_size: int, epochs: int = 1, accumulate: int | None = None
-) -> BatchPlan:
-    """Counts what a run will see and fixes the shapes of its batches.
-
-    N is the most predictions that any ``batch_size`` of the sequences can hold, rounded up to
-    a multiple of 32. It doesn't depend on the seed or on the number of epochs.
-
-    Args:
-      packed: sequences from ``pack_rows``.
-      batch_size: B, sequences in a (micro-)batch.
-      epochs: how often each sequence is seen.
-      accumulate: A, micro-batches in a step, or None for batches without that axis.
-
-    Raises:
-      InputError: a count is less than 1.
-
-    >>> from lora_jax.data.chat import Encoded
-    >>> from lora_jax.data.packing import pack_rows
-    >>> row = Encoded(np.array([7, 8, 9], np.int32), np.array([False, False, True]))
-    >>> print(plan_batches(pack_rows([row] * 4, length=6, vocab_size=10), batch_size=2, epochs=3))
-    4 rows, 12 tokens, 4 trained (33%), in 2 sequences of 6 (0% padding); 2 sequences a step, \
-1 steps an epoch, 3 in all
-    """
-    _refuse_below_one({"batch_size": batch_size, "epochs": epochs, "accumulate": accumulate})
-    trained = np.sort(_next_is_trained(packed).sum(axis=1))
-    return BatchPlan(
-        rows=int(packed.segment_ids.max(axis=1).sum()),
-        sequences=packed.tokens.shape[0],
-        length=packed.tokens.shape[1],
-        tokens=int(np.count_nonzero(packed.segment_ids)),
-        trained_tokens=int(trained.sum()),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        epochs=epochs,
-        predictions=_rounded_up(int(trained[-batch_size:].sum()), PREDICTIONS_MULTIPLE),
-    )
-
-
-def train_batches(packed: Packed, plan: BatchPlan, *, seed: int) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    groups: Sequence[Packed],
+    plan: BatchPlan,
+    *,
+    seed: int,
+    own: Sequence[int] | None = None,
+    prefetch: int = 0,
+) -> grain.DatasetIterator[Batch]:
     """All batches of a run, each sequence once an epoch, in an order drawn from (seed, epoch).
 
-    The last batch of an epoch is filled up with empty sequences of weight 0, which a loss
-    weighted by tokens doesn't notice.
+    The last batch of each group in an epoch is filled up with empty sequences of weight 0,
+    which a loss weighted by tokens doesn't notice.
 
     Args:
-      packed: the sequences.
-      plan: from :func:`plan_batches` on the same sequences.
+      groups: sequences from ``arrange_rows``.
+      plan: from ``plan_batches`` on the same groups.
       seed: 0 <= seed < 2**32.
+      own: numbers of the micro-batches that this process builds, out of the plan's
+        ``accumulate``; all by default. What the processes build are together the batches that
+        one process alone builds.
+      prefetch: batches that one other thread builds ahead. Building one of 16,000 tokens takes
+        about a millisecond, and on a CPU the other thread contends with the step: leave it at 0
+        there.
 
     Returns:
       An iterator over :class:`Batch` of ``plan.steps`` items. Its ``get_state()`` and
-      ``set_state()`` stand between any two batches.
+      ``set_state()`` stand between any two batches; the state is a ``dict`` that JSON can hold.
 
     Raises:
-      InputError: the seed is out of range.
+      InputError: the seed or a micro-batch's number is out of range.
     """
+    return iter(train_dataset(groups, plan, seed=seed, own=own, prefetch=prefetch))
+
+
+def train_dataset(
+    groups: Sequence[Packed],
+    plan: BatchPlan,
+    *,
+    seed: int,
+    own: Sequence[int] | None = None,
+    prefetch: int = 0,
+) -> grain.IterDataset[Batch]:
+    """What :func:`train_batches` iterates over, to be used with more of ``grain``."""
     import grain
 
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}: pass --seed 0 to {2**32 - 1}")
-    order = grain.MapDataset.range(plan.sequences).seed(seed).shuffle()
-    groups = order.batch(plan.sequences_per_step).map(partial(_batch, _source(packed), plan))
-    # The data lies in memory: reading it in other threads would only contend with the step.
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(groups.repeat(plan.epochs).to_iter_dataset(reading))
+    own = _own_of(plan, own)
+    parts = []
+    for group, shape in zip(groups, plan.shapes, strict=True):
+        order = grain.MapDataset.range(shape.sequences).seed(seed).shuffle()
+        build = partial(_batch, _source(group), shape, plan, own)
+        parts.append(order.batch(plan.sequences_per_step).map(build))
+    batches = grain.MapDataset.concatenate(parts).seed(seed).shuffle() if parts[1:] else parts[0]
+    # The data lies in memory: reading it in many threads would only contend with the step.
+    reading = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    return batches.repeat(plan.epochs).to_iter_dataset(reading)
 
 
-def eval_batches(packed: Packed, plan: BatchPlan) -> Iterator[Batch]:
+def eval_batches(
+    groups: Sequence[Packed], plan: BatchPlan, *, own: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Each sequence once, in order, in batches of the same kind as :func:`train_batches`."""
-    source = _source(packed)
-    for start in range(0, plan.sequences, plan.sequences_per_step):
-        stop = min(start + plan.sequences_per_step, plan.sequences)
-        yield _batch(source, plan, np.arange(start, stop))
+    own = _own_of(plan, own)
+    for group, shape in zip(groups, plan.shapes, strict=True):
+        source = _source(group)
+        for start in range(0, shape.sequences, plan.sequences_per_step):
+            stop = min(start + plan.sequences_per_step, shape.sequences)
+            yield _batch(source, shape, plan, own, np.arange(start, stop))
+
+
+def example_batches(groups: Sequence[Packed], plan: BatchPlan) -> Iterator[Batch]:
+    """One batch of each shape, to compile a step with."""
+    for group, shape in zip(groups, plan.shapes, strict=True):
+        first = np.arange(min(plan.sequences_per_step, shape.sequences))
+        yield _batch(_source(group), shape, plan, _own_of(plan, None), first)
+
+
+def digest(groups: Sequence[Packed], plan: BatchPlan, *, seed: int) -> str:
+    """A sha256 of everything that decides the batches of a run, their number aside.
+
+    It covers the encoded rows as they are arranged (so the data, the tokenizer, the chat
+    template, the limit on length and what happens beyond it), the batch size, the
+    accumulation and the seed. Runs with the same digest see the same batches, for as
+    many epochs as the shorter has. It doesn't depend on the machine, the locale, or where files
+    lie.
+
+    Args:
+      groups: sequences from ``arrange_rows``.
+      plan: from ``plan_batches`` on the same groups.
+      seed: of the order.
+    """
+    found = hashlib.sha256()
+    numbers = (BATCHES_VERSION, seed, plan.batch_size, plan.accumulate or 0)
+    found.update(" ".join(map(str, numbers)).encode())
+    for group in groups:
+        for leaf in group:
+            little_endian = np.ascontiguousarray(leaf, leaf.dtype.newbyteorder("<"))
+            found.update(f";{leaf.dtype.name} {leaf.shape}:".encode())
+            found.update(little_endian.tobytes())
+    return found.hexdigest()
 
 
 class _Source(NamedTuple):
@@ -186,49 +164,52 @@ class _Source(NamedTuple):
 
 
 def _source(packed: Packed) -> _Source:
-    return _Source(*packed[:3], _next_is_trained(packed))
+    return _Source(*packed[:3], next_is_trained(packed))
 
 
-def _next_is_trained(packed: Packed) -> np.ndarray:
-    """(S, T) bool: the next position holds a trained token of the same row."""
-    same_row = packed.segment_ids[:, 1:] == packed.segment_ids[:, :-1]
-    return np.pad(packed.trained[:, 1:] & same_row, ((0, 0), (0, 1)))
+def _own_of(plan: BatchPlan, own: Sequence[int] | None) -> tuple[int, ...]:
+    """Checked numbers of micro-batches."""
+    count = plan.accumulate or 1
+    numbers = range(count) if own is None else [int(number) for number in own]
+    if plan.accumulate is None and own is not None:
+        raise InputError(
+            "a batch without an axis of micro-batches can't be shared: plan_batches(..., "
+            "accumulate=...) with at least one for each process"
+        )
+    if not numbers or not all(0 <= number < count for number in numbers):
+        raise InputError(
+            f"own is {list(numbers)}: give this process's micro-batches by number, 0 to {count - 1}"
+        )
+    return tuple(numbers)
 
 
-def _batch(source: _Source, plan: BatchPlan, chosen: np.ndarray) -> Batch:
+def _batch(
+    source: _Source, shape: Shape, plan: BatchPlan, own: tuple[int, ...], chosen: np.ndarray
+) -> Batch:
+    size = plan.batch_size
+    micro_batches = [
+        _micro_batch(source, size, shape.predictions, chosen[number * size : (number + 1) * size])
+        for number in own
+    ]
     if plan.accumulate is None:
-        return _micro_batch(source, plan, chosen)
-    parts = np.split(chosen, range(plan.batch_size, plan.sequences_per_step, plan.batch_size))
-    micro_batches = (_micro_batch(source, plan, part) for part in parts)
+        return micro_batches[0]
     return Batch(*map(np.stack, zip(*micro_batches, strict=True)))
 
 
-def _micro_batch(source: _Source, plan: BatchPlan, chosen: np.ndarray) -> Batch:
-    tokens, positions, segment_ids, wanted = (
-        _filled_up(leaf[chosen], plan.batch_size) for leaf in source
-    )
+def _micro_batch(source: _Source, size: int, predictions: int, chosen: np.ndarray) -> Batch:
+    tokens, positions, segment_ids, wanted = (_filled_up(leaf[chosen], size) for leaf in source)
     at = np.flatnonzero(wanted)
     targets = tokens.reshape(-1)[at + 1]
     return Batch(
         tokens,
         positions,
         segment_ids,
-        _filled_up(at.astype(np.int32), plan.predictions),
-        _filled_up(targets, plan.predictions),
-        _filled_up(np.ones(len(at), np.float32), plan.predictions),
+        _filled_up(at.astype(np.int32), predictions),
+        _filled_up(targets, predictions),
+        _filled_up(np.ones(len(at), np.float32), predictions),
     )
 
 
 def _filled_up(leaf: np.ndarray, count: int) -> np.ndarray:
     """The leaf with zeros after it, ``count`` entries along the first axis."""
     return np.pad(leaf, ((0, count - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)))
-
-
-def _rounded_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _refuse_below_one(counts: dict[str, int | None]) -> None:
-    faults = [f"{name} is {n}" for name, n in counts.items() if n is not None and n < 1]
-    if faults:
-        raise InputError(f"{', '.join(faults)}: pass 1 or more")

@@ -1,13 +1,13 @@
-"""Turns conversations into token ids, and marks the tokens that the assistant has to produce."""
+"""Turns rows into token ids, and marks the tokens that the model has to produce."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jinja2
 import jinja2.nodes
@@ -16,15 +16,20 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lora_jax.data.formats import Message, Row, listed, printable
+from lora_jax.data.faults import listed, printable
+from lora_jax.data.formats import Message, Row
 from lora_jax.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+AssistantTurns = Literal["all", "last"]
+"""Which of the assistant's turns are trained."""
+
+
 class Encoded(NamedTuple):
-    """A conversation as tokens: ``ids`` (n,) int32, ``trained`` (n,) bool, and where it stood."""
+    """A row as tokens: ``ids`` (n,) int32, ``trained`` (n,) bool, and where it stood."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -87,6 +92,7 @@ def encode_chat(
     template: str,
     special_tokens: Mapping[str, str],
     messages: Sequence[Message],
+    assistant_turns: AssistantTurns = "all",
 ) -> Encoded:
     r"""Encodes a conversation and marks what the assistant must learn to produce.
 
@@ -103,10 +109,11 @@ def encode_chat(
       template: Jinja source.
       special_tokens: names that the template may use.
       messages: the turns.
+      assistant_turns: which of the assistant's turns are trained.
 
     Raises:
-      InputError: the template refuses the conversation or rewrites earlier turns when later
-        ones follow, or the tokenizer cuts or pads.
+      InputError: the template refuses the conversation or rewrites a trained turn, or what
+        stands before it, when later turns follow, or the tokenizer cuts or pads.
 
     >>> from tokenizers import Tokenizer, models
     >>> characters = Tokenizer(models.BPE({c: i for i, c in enumerate("uaHiOk\n")}, []))
@@ -126,23 +133,53 @@ def encode_chat(
     encoding = tokenizer.encode(text, add_special_tokens=False)
     starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
     trained = np.zeros(len(starts), bool)
-    for begin, turn in _assistant_turns(template, messages, special_tokens, text):
+    spoken = [index for index, each in enumerate(messages) if each["role"] == "assistant"]
+    for index in spoken[_FIRST_TRAINED[assistant_turns] :]:
+        begin, turn = _assistant_turn(template, messages, special_tokens, text, index)
         trained |= (ends > begin) & (starts < begin + _stop_length(turn, stops))
     return Encoded(np.asarray(encoding.ids, np.int32), trained)
 
 
-def encode_rows(chat_format: ChatFormat, rows: Sequence[Row]) -> tuple[Encoded, ...]:
-    """Encodes every row, keeping its place.
+def encode_text(tokenizer: Tokenizer, special_tokens: Mapping[str, str], text: str) -> Encoded:
+    """Encodes plain text, every token to be learnt, with the tokenizer's own begin of text.
+
+    The text ends with ``eos_token`` if there is one, so that the model learns where to stop.
 
     Raises:
-      InputError: naming the first rows that the chat template can't express, and their count.
+      InputError: the tokenizer cuts or pads.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> characters = Tokenizer(models.BPE({"H": 0, "i": 1}, []))
+    >>> _ = characters.add_special_tokens(["</s>"])
+    >>> encode_text(characters, {"eos_token": "</s>"}, "Hi").ids
+    array([0, 1, 2], dtype=int32)
     """
-    _refuse_cutting(chat_format.tokenizer)
+    _refuse_cutting(tokenizer)
+    ids = tokenizer.encode(text).ids
+    end = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+    closing = [] if end is None or ids[-1:] == [end] else [end]
+    return Encoded(np.array([*ids, *closing], np.int32), np.ones(len(ids) + len(closing), bool))
+
+
+def encode_rows(
+    chat_format: ChatFormat, rows: Sequence[Row], assistant_turns: AssistantTurns = "all"
+) -> tuple[Encoded, ...]:
+    """Encodes every row, conversation or plain text, keeping its place.
+
+    Raises:
+      InputError: naming the first rows that the chat template can't express, and their count;
+        or ``assistant_turns`` is unknown.
+    """
+    if assistant_turns not in _FIRST_TRAINED:
+        choices = "|".join(_FIRST_TRAINED)
+        raise InputError(
+            f"assistant_turns is {assistant_turns!r}: pass --assistant-turns {choices}"
+        )
     encoded: list[Encoded] = []
     faults: list[str] = []
     for row in rows:
         try:
-            encoded.append(_encode_row(chat_format, row))
+            encoded.append(_encode_row(chat_format, row, assistant_turns))
         except InputError as fault:
             faults.append(f"{row.place}: {fault}")
     if faults:
@@ -151,24 +188,34 @@ def encode_rows(chat_format: ChatFormat, rows: Sequence[Row]) -> tuple[Encoded, 
     return tuple(encoded)
 
 
-def _encode_row(chat_format: ChatFormat, row: Row) -> Encoded:
-    encoded = encode_chat(
-        chat_format.tokenizer, chat_format.template, chat_format.special_tokens, row.messages
+_FIRST_TRAINED: dict[str, int] = {"all": 0, "last": -1}
+
+
+def _encode_row(chat_format: ChatFormat, row: Row, assistant_turns: AssistantTurns) -> Encoded:
+    tokenizer, special_tokens = chat_format.tokenizer, chat_format.special_tokens
+    encoded = (
+        encode_text(tokenizer, special_tokens, row.text)
+        if row.text
+        else encode_chat(
+            tokenizer, chat_format.template, special_tokens, row.messages, assistant_turns
+        )
     )
     return encoded._replace(place=row.place)
 
 
-def _assistant_turns(
-    template: str, messages: Sequence[Message], special_tokens: Mapping[str, str], text: str
-) -> Iterator[tuple[int, str]]:
-    """Where each assistant turn begins in the text, and its text as far as the next turn."""
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(template, messages[:index], special_tokens, add_generation_prompt=True)
-            through = render(template, messages[: index + 1], special_tokens)
-            _check_prefix(before, through, index)
-            _check_prefix(through, text, index)
-            yield len(before), text[len(before) : len(through)]
+def _assistant_turn(
+    template: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    text: str,
+    index: int,
+) -> tuple[int, str]:
+    """Where an assistant turn begins in the text, and its text as far as the next turn."""
+    before = render(template, messages[:index], special_tokens, add_generation_prompt=True)
+    through = render(template, messages[: index + 1], special_tokens)
+    _check_prefix(before, through, index)
+    _check_prefix(through, text, index)
+    return len(before), text[len(before) : len(through)]
 
 
 def _check_prefix(shorter: str, longer: str, turn: int) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_jax.data.chat import ChatFormat, Encoded, encode_rows
-from lora_jax.data.formats import Row, printable
+from lora_jax.data.faults import printable
+from lora_jax.data.formats import Row
 
 if TYPE_CHECKING:
     from rich.text import Text

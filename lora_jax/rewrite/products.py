@@ -6,6 +6,7 @@ that carries the contracted axes first. To add one: write it and give it a row i
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,9 +81,16 @@ def dot_general(walk, eqn, lhs: Any, rhs: Any):
         return walk.bind(eqn, *((weight.value, x) if weight_first else (x, weight.value)))[0]
 
     def update(x: jax.Array) -> jax.Array:
-        sides, precision = (contracted, batch, free), eqn.params["precision"]
-        labelled = Factor(x, x_labels)
-        return _low_rank_dot(walk, weight, factors, sides, labelled, weight_first, precision)
+        _remember(walk, factors[1], weight, weight_first)
+        return _low_rank_dot(
+            factors,
+            Factor(x, x_labels),
+            sides=(tuple(contracted), tuple(batch), tuple(free)),
+            weight_first=weight_first,
+            dtype=weight.value.dtype,
+            scale=weight.scale,
+            precision=eqn.params["precision"],
+        )
 
     return [_adapted_product(walk, weight, x, _Product(base, update, x_labels, y_labels))]
 
@@ -287,7 +295,7 @@ def _adapted_product(walk, weight: Weight, x: jax.Array, product: _Product) -> j
     kept, gain = walk.dropped(x, weight), weight.magnitude
     if gain is None:
         base = product.base(x)
-        return in_dtype(_sum_in_float32(base, product.update(kept)), base.dtype)
+        return _sum_rounded_once(base, product.update(kept))
     if kept is x:
         return _rescaled_product(weight, gain, x, product)
     base, inner = product.base(x), at_least_float32(product.base(kept))
@@ -319,24 +327,35 @@ def _by_row(weight: Weight, expert: int, group_sizes: jax.Array, rows: int) -> W
     return replace(weight, magnitude=Factor(of_rows, (_TOKENS, *grouped.labels[1:])))
 
 
+@partial(
+    jax.jit,
+    static_argnames=("sides", "weight_first", "dtype", "scale", "precision"),
+    inline=True,
+)
 def _low_rank_dot(
-    walk,
-    weight: Weight,
     factors: tuple[Factor, Factor],
-    sides: tuple[list[int], list[int], list[int]],
     x: Factor,
+    *,
+    sides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     weight_first: bool,
-    precision,
+    dtype: Any,
+    scale: float,
+    precision: Any,
 ) -> jax.Array:
-    """scale·(x·A)·B in the layout of the base product, in float32 or wider."""
+    """scale·(x·A)·B in the layout of the base product, in float32 or wider.
+
+    Jitted and inlined: JAX then differentiates it once for all weights of a shape, which is most
+    of the time of tracing, and leaves no trace of the jit in the program.
+    """
     contracted, batch, free = sides
-    first, second = factors
-    tokens = _with_tokens_as_one(x, contracted, batch)
-    down, up = _in_dtype(first, weight), _in_dtype(second, weight)
-    _remember(walk, up, weight, weight_first)
-    options = {"precision": precision, **_wide(weight)}
+    tokens = _with_tokens_as_one(x, list(contracted), list(batch))
+    down, up = (replace(f, array=in_dtype(f.array, dtype)) for f in factors)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    options = {"precision": precision, "preferred_element_type": wide}
     operands = (down, tokens) if weight_first else (tokens, down)
-    hidden = _scaled(contract(*operands, contracted, **options), weight)
+    hidden = contract(*operands, contracted, **options)
+    scaled = hidden.array if scale == 1 else hidden.array * scale
+    hidden = replace(hidden, array=in_dtype(scaled, dtype))
     operands = (up, hidden) if weight_first else (hidden, up)
     product = contract(*operands, [RANK], **options)
     order = (*batch, *free, _TOKENS) if weight_first else (*batch, _TOKENS, *free)
@@ -415,3 +434,8 @@ def _scaled(hidden: Factor, weight: Weight) -> Factor:
 
 def _sum_in_float32(base: jax.Array, update: jax.Array) -> jax.Array:
     return lax.add(at_least_float32(base), lax.reshape(update, base.shape))
+
+
+@partial(jax.jit, inline=True)
+def _sum_rounded_once(base: jax.Array, update: jax.Array) -> jax.Array:
+    return in_dtype(_sum_in_float32(base, update), base.dtype)

@@ -1,9 +1,8 @@
 """The training loop, and the loss over a whole set of rows."""
 
-import signal
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +20,17 @@ class StepReport(NamedTuple):
     """Mean over the update's trained tokens, nats."""
     grad_norm: float
     trained_tokens: int
+    skipped: bool
+    """Whether the state was left as it was: no token to learn from, or nothing finite."""
+    loss_scale: float | None
+    """Of float16; None elsewhere."""
     seconds: float
     """Wall-clock since the update before."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def fit(
@@ -31,11 +39,16 @@ def fit(
     params: Any,
     batches: Iterable[Any],
     observe: Callable[[StepReport], None],
+    *,
+    done: int = 0,
+    pauses: Callable[[int], bool] = lambda done: False,
+    pause: Callable[[int, TrainState], None] = lambda done, state: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Run ``step`` over ``batches``.
 
-    Metrics are fetched one update late, so that the device always has the next one queued.
+    Metrics are fetched one update late, so that the device always has the next one queued; at a
+    pause and at the end they are fetched up to the last.
 
     Args:
       step: the compiled update; it may donate the state.
@@ -43,17 +56,24 @@ def fit(
       params: the base; it only ever goes in.
       batches: one batch an update.
       observe: called once an update, in order.
+      done: updates done before, in a run that is resumed.
+      pauses: whether to pause after so many updates.
+      pause: called then with the updates done and the state, as to evaluate or to save; it must
+        not keep the state, which the next update may donate.
       should_stop: asked after each update; the loop ends when it says so.
 
     Returns:
       The state after the last update.
     """
     pending, last = None, time.perf_counter()
-    done = int(state.step)
     for batch in batches:
         state, metrics = step(state, params, batch)
         last = _report(pending, done, last, observe)
         pending, done = metrics, done + 1
+        if pauses(done):
+            last, pending = _report(pending, done, last, observe), None
+            pause(done, state)
+            last = time.perf_counter()
         if should_stop():
             break
     _report(pending, done, last, observe)
@@ -69,32 +89,23 @@ def mean_loss(
     return total / max(tokens, 1)
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request to stop after the current update.
-
-    Yields a function that tells whether a stop was requested. A second Ctrl-C interrupts at
-    once, as usual.
-    """
-    requested = []
-
-    def request(signum: int, frame: Any) -> None:
-        requested.append(signum)
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, request)
-    try:
-        yield lambda: bool(requested)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _report(
     metrics: StepMetrics | None, step: int, last: float, observe: Callable[[StepReport], None]
 ) -> float:
     if metrics is None:
         return last
-    loss, tokens, grad_norm = (float(x) for x in jax.device_get(metrics))
+    values = jax.device_get(metrics)
+    scale = values.loss_scale
     now = time.perf_counter()
-    observe(StepReport(step, loss, grad_norm, int(tokens), now - last))
+    observe(
+        StepReport(
+            step=step,
+            loss=float(values.loss),
+            grad_norm=float(values.grad_norm),
+            trained_tokens=int(values.tokens),
+            skipped=bool(values.skipped),
+            loss_scale=None if scale is None else float(scale),
+            seconds=now - last,
+        )
+    )
     return now

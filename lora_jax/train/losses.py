@@ -19,7 +19,7 @@ def cross_entropy(logits: jax.Array, targets: ArrayLike, weights: ArrayLike) -> 
     """Next-token cross-entropy, summed.
 
     Args:
-      logits: (n, vocab) float32.
+      logits: (n, vocab); taken in float32 if they come in fewer bits.
       targets: (n,) int32, the token that each position should predict.
       weights: (n,) float32, 1 for a token that counts, 0 for one that doesn't.
 
@@ -30,5 +30,6 @@ def cross_entropy(logits: jax.Array, targets: ArrayLike, weights: ArrayLike) -> 
     (1.3862943649291992, 2.0)
     """
     targets, weights = jnp.asarray(targets), jnp.asarray(weights)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return LossSum((each * weights).sum(), weights.sum())

@@ -1,29 +1,18 @@
-"""The optimizer: AdamW under a warm-up and cosine schedule, clipped by the adapter's norm."""
+"""The optimizer: AdamW as torch computes it, clipped by the adapter's norm."""
 
+import re
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
+from jax.tree_util import tree_map_with_path
 
+from lora_jax.paths import path_of
+from lora_jax.train.partition import labels, partition, scale_by_kind
 
-def warmup_cosine(peak: float, steps: int, warmup: int, floor: float = 0.0) -> optax.Schedule:
-    """Learning rate by update: a linear rise to ``peak``, then half a cosine down.
-
-    Update i (from 0) of the warm-up has ``peak * (i + 1) / warmup``: the first update learns
-    something, and the last of the warm-up has the peak.
-
-    Args:
-      peak: largest learning rate.
-      steps: updates in the whole run.
-      warmup: updates in the warm-up, fewer than ``steps``.
-      floor: what the rate falls towards, as a share of ``peak``; update ``steps`` would have it.
-
-    Source of the cosine: Loshchilov and Hutter, "SGDR", arXiv:1608.03983, without restarts.
-
-    >>> schedule = warmup_cosine(1e-3, steps=12, warmup=2)
-    >>> [round(float(schedule(i)) * 1e3, 3) for i in (0, 1, 2, 7, 12)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    fall = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=floor)
-    return optax.join_schedules([rise, fall], [warmup])
+_NORM_OR_BIAS = re.compile(r"norm|bias|(^|/)ln_", re.IGNORECASE)
 
 
 def adamw(
@@ -34,12 +23,82 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     clip_norm: float = 1.0,
+    b_ratio: float = 1.0,
+    freeze: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """AdamW with torch's defaults after clipping by the global norm.
+    """AdamW with torch's defaults after clipping by the global norm, over an adapter.
 
-    It only ever sees the adapter: that is what freezes the base.
+    It only ever sees the adapter: that is what freezes the base. For a tree that holds both,
+    wrap it in `lora_jax.train.partition.partition`.
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+    Args:
+      learning_rate: a number, or a schedule such as `lora_jax.train.schedules.schedule` gives.
+      b1, b2, eps: of Adam.
+      weight_decay: decoupled; scaled by the learning rate, and not applied to norms and biases
+        that are trained whole, as Hugging Face's Trainer leaves them out.
+      clip_norm: largest global norm of the gradient; infinity for none.
+      b_ratio: LoRA+: B's learning rate over that of everything else.
+      freeze: kinds of factor that don't train and get no moments; ``("a",)`` is LoRA-FA. See
+        `lora_jax.train.partition.stop_gradients` for the gradients that they then don't need.
+
+    Raises:
+      InputError: an unknown kind in ``freeze``.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101;
+    `torch.optim.AdamW`. LoRA+: Hayou et al., arXiv:2402.12354. LoRA-FA: arXiv:2308.03303.
+
+    >>> tx = adamw(0.1, weight_decay=0.0)
+    >>> adapter = {"w": jnp.ones(2)}
+    >>> updates, _ = tx.update(adapter, tx.init(adapter), adapter)
+    >>> [round(x, 4) for x in updates["w"].tolist()]
+    [-0.1, -0.1]
     """
-    decay = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), decay)
+    tx = optax.chain(
+        clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=decays),
+        scale_by_kind({"b": b_ratio}),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return partition(tx, freeze) if freeze else tx
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Multiply the gradients by ``min(1, limit / (norm + 1e-6))``.
+
+    Source: `torch.nn.utils.clip_grad_norm_`, whose 1e-6 optax's clipping does not have.
+
+    >>> tx = clip_by_global_norm(1.0)
+    >>> [round(x, 4) for x in tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0].tolist()]
+    [0.6, 0.8]
+    """
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda leaf: leaf * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def decays(adapter: Any) -> Any:
+    """A tree of booleans like ``adapter``: which leaves weight decay applies to.
+
+    All but norms and biases that are trained whole, which are known by their paths.
+
+    >>> from lora_jax.adapter import Full, LoraPair
+    >>> decays({"q/bias": Full(1.0), "head/kernel": Full(1.0), "norm_proj": LoraPair(1.0, 1.0)})
+    {'head/kernel': Full(value=True), 'norm_proj': LoraPair(a=True, b=True), \
+'q/bias': Full(value=False)}
+    """
+
+    def applies(keys: Any, kind: str) -> bool:
+        return kind != "full" or not _NORM_OR_BIAS.search(path_of(keys))
+
+    return tree_map_with_path(applies, labels(adapter))
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int, floor: float = 0.0) -> optax.Schedule:
+    """``schedule("cosine", ...)`` of `lora_jax.train.schedules`."""
+    from lora_jax.train.schedules import schedule
+
+    return schedule("cosine", peak, steps, warmup, floor)

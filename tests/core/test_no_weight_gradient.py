@@ -3,7 +3,6 @@
 from functools import cache
 from itertools import groupby
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +11,7 @@ from jax import lax
 import lora_jax as lora
 
 import cases
+import hlo
 
 RANKS = {"broadcast_weight": 1, "conv_depthwise_nchw": 1}
 """Other than 2 where the function repeats a factor, which then has as many elements as W."""

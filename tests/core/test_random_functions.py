@@ -51,7 +51,9 @@ class Model(NamedTuple):
     exact: bool = False
     """It rounds the weight to float32: its data must be small integers, and nothing curved."""
     branches: bool = False
-    """It branches on the activation."""
+    """It branches on the activation: of that vmap makes a selection between whole weights."""
+    indexes: bool = False
+    """It takes an entry by a computed number: of that vmap over the weight makes a gather."""
     opaque: bool = False
     """It does something to the weight that has no low-rank form."""
 
@@ -152,7 +154,8 @@ def picked(draw, model: Model) -> Model:
             return lax.dynamic_index_in_dim(w, jnp.abs(jnp.int32(-index)), k, keepdims=False)
         return lax.index_in_dim(w, index, k, keepdims=False)
 
-    return model.behind(f"pick{k}[{index}]{computed}", view, before)
+    name = f"pick{k}[{index}]{computed}"
+    return model.behind(name, view, before, indexes=computed or model.indexes)
 
 
 def same(draw, model: Model) -> Model:
@@ -216,28 +219,25 @@ def looped(draw, model: Model) -> Model:
     def wrap(call):
         return lambda w, x: lax.map(lambda i: call(w[i], x), jnp.arange(length))
 
-    return model.inside("loop", wrap, weights=length)
+    return model.inside("loop", wrap, weights=length, indexes=True)
 
 
 def unrolled(draw, model: Model) -> Model:
     def wrap(call):
-        return lambda w, x: sum(call(layer, x) for layer in w)
+        return lambda w, x: sum(call(w[i], x) for i in range(length))
 
-    return model.inside("unroll", wrap, weights=draw(st.integers(1, 3)))
+    length = draw(st.integers(1, 3))
+    return model.inside("unroll", wrap, weights=length)
 
 
 def mapped_tokens(draw, model: Model) -> Model:
     wrap = partial(jax.vmap, in_axes=(None, 0))
-    return model.inside("vmap_x", wrap, xs=2, opaque=selects(model))
+    return model.inside("vmap_x", wrap, xs=2, opaque=model.opaque or model.branches)
 
 
 def mapped_experts(draw, model: Model) -> Model:
-    return model.inside("vmap", jax.vmap, weights=2, xs=2, opaque=selects(model))
-
-
-def selects(model: Model) -> bool:
-    """vmap makes of a branch on data a selection between two whole weights."""
-    return model.branches or model.opaque
+    hidden = model.opaque or model.branches or model.indexes
+    return model.inside("vmap", jax.vmap, weights=2, xs=2, opaque=hidden)
 
 
 STEPS = [
@@ -249,7 +249,7 @@ STEPS = [
 @st.composite
 def models(draw) -> Model:
     model = einsum(draw)
-    for step in draw(st.lists(st.sampled_from(STEPS), max_size=6)):
+    for step in draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=6)):
         model = step(draw, model)
     return model
 
@@ -321,7 +321,7 @@ def close(got, want, tolerance):
 @hypothesis.settings(
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
     suppress_health_check=list(hypothesis.HealthCheck),
 )

@@ -89,6 +89,10 @@ def _stack_of_other_roles(params, x):
     return y + scanned(x, jnp.stack([params["l0"], params["l1"].T]))
 
 
+def _sum_over_repeats(params, x):
+    return jnp.einsum("bnd,bdf->nf", x, jnp.broadcast_to(params["w"], (2, 4, 3)))
+
+
 def _returned_beside(params, x):
     return {"y": x @ params["w"], "kernel": params["w"].T}
 
@@ -206,6 +210,7 @@ VIEWED = [
     Case("is_a_divisor", _is_a_divisor, {"w": (4, 3)}, (2, 4), {"w": "in out"}, ("w",)),
     Case("repeated_by_scaling", _repeated_by_scaling, {"w": (4, 3)}, (2, 4), {"w": "in out"},
          ("w",)),
+    Case("sum_over_repeats", _sum_over_repeats, {"w": (4, 3)}, (2, 5, 4), {"w": "in out"}, ("w",)),
     Case("returned_beside", _returned_beside, {"w": (4, 3)}, (2, 4), {"w": "in out"}, ("w",)),
     Case("returned_by_scan", _returned_by_scan, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"},
          ("w",)),

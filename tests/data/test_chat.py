@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.data.chat import ChatFormat, encode_chat, encode_rows, render
+from lora_jax.data.chat import ChatFormat, encode_chat, encode_rows, encode_text, render
 from lora_jax.data.formats import Row
 from lora_jax.errors import InputError
 
@@ -201,3 +201,60 @@ def test_a_tokenizer_that_would_cut_answers_is_refused(tokenizer, special_tokens
     getattr(cutting, setting)(**{"enable_truncation": {"max_length": 4}}.get(setting, {}))
     with pytest.raises(InputError, match=r"no_truncation\(\) and no_padding\(\)"):
         encode_chat(cutting, templates.CHATML, special_tokens, turns("Hi", "Hello"))
+
+
+@pytest.mark.parametrize("conversation", ["single", "multi_turn", "code"])
+def test_of_all_turns_the_last_alone_can_be_trained(tokenizer, special_tokens, conversation):
+    messages = CONVERSATIONS[conversation]
+    whole = encode_chat(tokenizer, templates.CHATML, special_tokens, messages)
+    last = encode_chat(tokenizer, templates.CHATML, special_tokens, messages, "last")
+    assert last.ids.tolist() == whole.ids.tolist()
+    text = tokenizer.decode(last.ids[last.trained], skip_special_tokens=False)
+    assert text == messages[-1]["content"] + "<|im_end|>"
+    assert (last.trained <= whole.trained).all()
+
+
+def test_a_question_after_the_last_answer_is_not_trained(tokenizer, special_tokens):
+    messages = [*turns("Hi", "Hello"), {"role": "user", "content": "Bye"}]
+    last = encode_chat(tokenizer, templates.CHATML, special_tokens, messages, "last")
+    assert tokenizer.decode(last.ids[last.trained]) == "Hello"
+
+
+def test_a_template_that_forgets_earlier_thoughts_serves_the_last_turn(tokenizer, special_tokens):
+    thought = "<think>hm</think>Hello!"
+    messages = turns("Hi", thought, "Bye", thought)
+    last = encode_chat(tokenizer, templates.FORGETFUL, special_tokens, messages, "last")
+    assert tokenizer.decode(last.ids[last.trained]) == thought
+
+
+def test_rows_take_the_choice_of_turns_and_refuse_another(tokenizer, special_tokens):
+    chat_format = ChatFormat(tokenizer, templates.CHATML, special_tokens)
+    rows = [Row(tuple(turns("Hi", "Hello", "Bye", "Goodbye")), "a.jsonl", 1)]
+    everything, last = (
+        encode_rows(chat_format, rows, choice)[0].trained.sum() for choice in ("all", "last")
+    )
+    assert 0 < last < everything
+    with pytest.raises(InputError, match=r"'first': pass --assistant-turns all\|last"):
+        encode_rows(chat_format, rows, "first")  # pyright: ignore[reportArgumentType]
+
+
+def test_text_is_trained_whole_between_its_begin_and_its_end(tokenizer, special_tokens):
+    beginning = Tokenizer.from_str(tokenizer.to_str())
+    beginning.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    chat_format = ChatFormat(beginning, templates.CHATML, special_tokens)
+    (encoded,) = encode_rows(chat_format, [Row((), "a.jsonl", 7, "Hello there!")])
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == "<s>Hello there!</s>"
+    assert encoded.trained.all()
+    assert encoded.place == "a.jsonl:7"
+
+
+def test_a_text_ends_once_even_if_the_tokenizer_ends_it_too(tokenizer, special_tokens):
+    ending = Tokenizer.from_str(tokenizer.to_str())
+    ending.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    both = [encode_text(each, special_tokens, "Hello").ids.tolist() for each in (tokenizer, ending)]
+    assert both[0] == both[1]
+    assert both[0][-1] == tokenizer.token_to_id("</s>")

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.data.chat import Encoded
-from lora_jax.data.packing import best_fit_decreasing, fit_rows, pack_rows
+from lora_jax.data.fitting import fit_rows
+from lora_jax.data.packing import fullest_bins, pack_rows
 from lora_jax.errors import InputError
 
 VOCAB = 1000
@@ -26,7 +27,7 @@ CAPACITY = st.integers(24, 60)
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 90))
 def test_every_item_lies_in_one_bin_and_no_bin_overflows(lengths, capacity):
-    bins = best_fit_decreasing(lengths, capacity)
+    bins = fullest_bins(lengths, capacity)
     assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
     assert all(0 < sum(lengths[item] for item in items) <= capacity for items in bins)
 
@@ -34,7 +35,7 @@ def test_every_item_lies_in_one_bin_and_no_bin_overflows(lengths, capacity):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 90))
 def test_no_two_bins_could_be_one(lengths, capacity):
-    bins = best_fit_decreasing(lengths, capacity)
+    bins = fullest_bins(lengths, capacity)
     filled = sorted(sum(lengths[item] for item in items) for items in bins)
     assert len(filled) < 2 or filled[0] + filled[1] > capacity
 
@@ -47,18 +48,20 @@ def test_no_two_bins_could_be_one(lengths, capacity):
         ([1, 7, 2, 6], 8, [[0, 1], [2, 3]]),
         ([4, 7, 5, 1], 9, [[1, 3], [0, 2]]),
         # First fit would put the 1 beside the 12.
-        ([12, 10, 9, 1], 20, [[0], [1, 2, 3]]),
+        ([12, 10, 9, 1], 20, [[0, 3], [1, 2]]),
+        # Best fit decreasing would take 4 bins: 6 3, 5 4, 4 3, 3.
+        ([6, 5, 4, 4, 3, 3, 3], 10, [[0, 2], [1, 3], [4, 5, 6]]),
     ],
 )
 def test_known_packings(lengths, capacity, bins):
-    assert best_fit_decreasing(lengths, capacity) == bins
+    assert fullest_bins(lengths, capacity) == bins
 
 
 @settings(deadline=None)
 @given(LENGTHS, CAPACITY)
 def test_each_row_stands_whole_in_one_sequence_once(lengths, capacity):
     rows = rows_of(lengths)
-    packed = pack_rows(rows, capacity, VOCAB)
+    [packed] = pack_rows(rows, capacity, VOCAB)
     found = []
     for tokens, positions, segments, trained in zip(*packed, strict=True):
         for segment in range(1, segments.max() + 1):
@@ -72,7 +75,7 @@ def test_each_row_stands_whole_in_one_sequence_once(lengths, capacity):
 @settings(deadline=None)
 @given(LENGTHS, CAPACITY)
 def test_padding_is_empty_and_at_the_end(lengths, capacity):
-    packed = pack_rows(rows_of(lengths), capacity, VOCAB)
+    [packed] = pack_rows(rows_of(lengths), capacity, VOCAB)
     padding = packed.segment_ids == 0
     assert (~padding).sum() == sum(lengths)
     assert (np.diff(padding.astype(int), axis=1) >= 0).all()
@@ -85,13 +88,13 @@ def test_padding_is_empty_and_at_the_end(lengths, capacity):
 @settings(deadline=None)
 @given(LENGTHS, CAPACITY)
 def test_packing_is_deterministic(lengths, capacity):
-    once, twice = (pack_rows(rows_of(lengths), capacity, VOCAB) for _ in range(2))
+    [once], [twice] = (pack_rows(rows_of(lengths), capacity, VOCAB) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_rows_that_fit_pass_through():
     rows = rows_of([5, 10])
-    assert fit_rows(rows, 10) == (tuple(rows), 0, 0)
+    assert fit_rows(rows, 10) == (tuple(rows), 0, 0, 0)
 
 
 def test_long_rows_are_refused_with_count_longest_places_and_remedy():
@@ -99,7 +102,7 @@ def test_long_rows_are_refused_with_count_longest_places_and_remedy():
         fit_rows(rows_of([5, *range(11, 18)]), 10)
     assert str(caught.value) == (
         "7 of 8 rows are longer than 10 tokens, the longest 17: a:2 (11), a:3 (12), a:4 (13), "
-        "a:5 (14), a:6 (15), ...: pass --max-length 17, or --truncate drop|end"
+        "a:5 (14), a:6 (15), ...: pass --max-length 17, or --truncate drop|end|split"
     )
 
 
@@ -127,8 +130,35 @@ def test_losing_every_row_is_an_error(truncate):
         fit_rows(rows, 10, truncate)
 
 
+@settings(deadline=None)
+@given(st.integers(2, 12), st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_splitting_text_predicts_every_token_but_the_first_once(length, lengths):
+    texts = [row(n, start=100 * i, trained_from=0) for i, n in enumerate(lengths)]
+    fitted = fit_rows(texts, length, "split")
+
+    def pairs(rows):
+        return sorted(
+            (int(r.ids[i]), int(r.ids[i + 1]))
+            for r in rows
+            for i in range(len(r.ids) - 1)
+            if r.trained[i + 1]
+        )
+
+    assert pairs(fitted.rows) == pairs(texts)
+    assert max(len(piece.ids) for piece in fitted.rows) <= length
+    assert min(len(piece.ids) for piece in fitted.rows) >= min(2, *lengths)
+    assert fitted.split == sum(n > length for n in lengths)
+    assert sum(piece.trained.sum() for piece in fitted.rows) == sum(lengths)
+
+
+def test_splitting_refuses_conversations():
+    rows = [row(12, trained_from=0, place="text"), row(12, trained_from=3, place="chat")]
+    with pytest.raises(InputError, match=r"1 of 1 rows are longer than 10 tokens.*chat \(12\)"):
+        fit_rows(rows, 10, "split")
+
+
 def test_an_unknown_policy_and_a_senseless_length_are_errors():
-    with pytest.raises(InputError, match=r"'middle': pass --truncate error\|drop\|end"):
+    with pytest.raises(InputError, match=r"'middle': pass --truncate error\|drop\|end\|split"):
         fit_rows([row(5)], 10, "middle")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="--max-length 2 or more"):
         fit_rows([row(5)], 1)

@@ -1,4 +1,6 @@
-"""The update: token-weighted, the adapter alone, the same with and without accumulation."""
+"""The update: token-weighted, the adapter alone, the same however its batch is divided."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,124 +8,220 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax.train.loop import StepReport, fit, mean_loss, stop_on_interrupt
+from lora_jax.adapter import LoraPair
 from lora_jax.train.losses import LossSum, cross_entropy
-from lora_jax.train.optim import adamw, warmup_cosine
-from lora_jax.train.step import init_state, make_eval_step, make_step
+from lora_jax.train.optim import adamw
+from lora_jax.train.precision import PRECISIONS
+from lora_jax.train.schedules import schedule
+from lora_jax.train.step import init_state, make_step
 
 RNG = np.random.default_rng(0)
 BASE = jnp.asarray(RNG.normal(size=(4, 7)), jnp.float32)
-ADAPTER = {"w": jnp.asarray(RNG.normal(size=(4, 7)), jnp.float32)}
+ADAPTER = {
+    "w": LoraPair(
+        jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32),
+        jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32),
+    )
+}
+NAN = float("nan")
 
 
 def loss_fn(adapter, params, batch):
     x, targets, weights = batch
-    return cross_entropy(x @ (params + adapter["w"]), targets, weights)
+    return cross_entropy(x @ params + x @ adapter["w"].a @ adapter["w"].b, targets, weights)
 
 
 def batch(rows, weights):
     x = RNG.normal(size=(rows, 4)).astype(np.float32)
-    return x, RNG.integers(0, 7, rows), np.asarray(weights, np.float32)
+    return x, RNG.integers(0, 7, rows).astype(np.int32), np.asarray(weights, np.float32)
 
 
-def one_update(data, *, accumulate=False, tx=None):
-    tx = tx or optax.sgd(1.0)
-    step = make_step(loss_fn, tx, accumulate=accumulate)
-    return step(init_state(ADAPTER, tx), BASE, data)
+def poisoned(data, value=NAN):
+    x, targets, weights = data
+    return np.where(np.arange(x.size).reshape(x.shape) == 0, np.float32(value), x), targets, weights
+
+
+def stacked(parts):
+    return tuple(np.stack(leaves) for leaves in zip(*parts, strict=True))
+
+
+def joined(parts):
+    return tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
+
+
+ADAMW = adamw(schedule("cosine", 0.1, 20, 2), weight_decay=0.3, clip_norm=0.5)
+SGD = optax.sgd(1.0)
+
+
+@functools.cache
+def compiled(tx, accumulate):
+    return jax.jit(make_step(loss_fn, tx, accumulate=accumulate))
+
+
+def run(batches, *, accumulate=False, tx=None):
+    """States after 0, 1, 2, ... calls, and the metrics of each call."""
+    tx = tx or ADAMW
+    step = compiled(tx, accumulate)
+    states, log = [init_state(ADAPTER, tx)], []
+    for data in batches:
+        state, metrics = step(states[-1], BASE, data)
+        states.append(state)
+        log.append(jax.device_get(metrics))
+    return states, log
+
+
+def as_bytes(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def learned(state):
+    """All that an update may change, but for the counts of calls and faults."""
+    return as_bytes((state.adapter, state.opt_state, state.updates))
+
+
+UNEQUAL = [batch(3, [1, 1, 1]), batch(3, [1, 0, 0]), batch(3, [0, 0, 0])]
 
 
 def test_micro_batches_of_unequal_token_counts_equal_the_whole_batch():
-    parts = [batch(3, [1, 1, 1]), batch(3, [1, 0, 0]), batch(3, [0, 0, 0])]
-    whole = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
-    stacked = tuple(np.stack(leaves) for leaves in zip(*parts, strict=True))
-    state, metrics = one_update(whole)
-    accumulated, accumulated_metrics = one_update(stacked, accumulate=True)
-    np.testing.assert_allclose(state.adapter["w"], accumulated.adapter["w"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(metrics, accumulated_metrics, rtol=1e-6)
+    (_, whole), (metrics,) = run([joined(UNEQUAL)], tx=SGD)
+    (_, summed), (summed_metrics,) = run([stacked(UNEQUAL)], accumulate=True, tx=SGD)
+    for left, right in zip(*map(jax.tree.leaves, (whole, summed)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(metrics[:3], summed_metrics[:3], rtol=1e-6)
     assert float(metrics.tokens) == 4
-    first, _ = one_update(parts[0])
-    assert float(jnp.abs(first.adapter["w"] - state.adapter["w"]).max()) > 1e-3
+    (_, first), _ = run(UNEQUAL[:1], tx=SGD)
+    assert float(jnp.abs(first.adapter["w"].a - whole.adapter["w"].a).max()) > 1e-3
 
 
-def test_batch_without_a_trained_token_has_loss_zero_and_no_gradient():
-    state, metrics = one_update(batch(3, [0, 0, 0]))
-    assert float(metrics.loss) == 0
-    assert float(metrics.grad_norm) == 0
-    np.testing.assert_array_equal(state.adapter["w"], ADAPTER["w"])
-
-
-def test_update_equals_torch_adamw_with_clipping():
-    torch = pytest.importorskip("torch")
-    data = batch(5, [1, 1, 0, 1, 1])
-    tx = adamw(0.1, weight_decay=0.3, clip_norm=0.05)
-    step = jax.jit(make_step(loss_fn, tx))
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_devices_sum_losses_tokens_and_gradients(accumulate):
+    tx = ADAMW
     state = init_state(ADAPTER, tx)
-    w = torch.nn.Parameter(torch.tensor(np.asarray(ADAPTER["w"])))
-    optimizer = torch.optim.AdamW([w], lr=0.1, weight_decay=0.3)
-    for _ in range(5):
-        state, metrics = step(state, BASE, data)
-        optimizer.zero_grad()
-        logits = torch.tensor(data[0]) @ (torch.tensor(np.asarray(BASE)) + w)
-        each = torch.nn.functional.cross_entropy(logits, torch.tensor(data[1]), reduction="none")
-        loss = (each * torch.tensor(data[2])).sum() / data[2].sum()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([w], 0.05)
-        optimizer.step()
-        assert abs(float(metrics.loss) - loss.item()) < 1e-5
-        assert abs(float(metrics.grad_norm) - norm.item()) < 1e-5
-    # torch divides by norm + 1e-6 when it clips, optax by the norm.
-    np.testing.assert_allclose(state.adapter["w"], w.detach().numpy(), atol=2e-5)
+    (_, expected), alone = run([joined(UNEQUAL)])
+    per_device = stacked(UNEQUAL)
+    if accumulate:
+        per_device = tuple(leaf[:, None] for leaf in per_device)
+    step = make_step(loss_fn, tx, accumulate=accumulate, axis_name="devices")
+    mapped = jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="devices"))
+    after, metrics = mapped(state, BASE, per_device)
+    for leaf, reference in zip(*map(jax.tree.leaves, (after, expected)), strict=True):
+        for device in range(3):
+            np.testing.assert_allclose(leaf[device], reference, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(metrics.loss, np.repeat(alone[0].loss, 3), rtol=1e-6)
+    alone_step = make_step(loss_fn, tx, accumulate=accumulate)
+    apart, _ = jax.jit(jax.vmap(alone_step, in_axes=(None, None, 0)))(state, BASE, per_device)
+    assert float(jnp.abs(apart.adapter["w"].b[1] - expected.adapter["w"].b).max()) > 1e-3
 
 
-def test_schedule_rises_to_the_peak_and_falls_to_the_floor():
-    schedule = warmup_cosine(1.0, steps=20, warmup=4, floor=0.1)
-    values = [float(schedule(i)) for i in range(21)]
-    np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
-    assert values[4:] == sorted(values[4:], reverse=True)
-    assert abs(values[20] - 0.1) < 1e-6
-    assert float(warmup_cosine(1.0, steps=20, warmup=0)(0)) == 1.0
+def test_one_devices_fault_is_everyones():
+    tx = ADAMW
+    state = init_state(ADAPTER, tx)
+    step = make_step(loss_fn, tx, axis_name="devices")
+    data = stacked([UNEQUAL[0], poisoned(UNEQUAL[1])])
+    mapped = jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="devices"))
+    after, metrics = mapped(state, BASE, data)
+    assert metrics.skipped.tolist() == [True, True]
+    assert after.faults.tolist() == [1, 1]
+    np.testing.assert_array_equal(after.adapter["w"].a[1], ADAPTER["w"].a)
 
 
-def test_loop_reports_every_update_in_order_and_leaves_the_base_alone():
-    batches = [batch(3, [1, 1, 0]) for _ in range(4)]
-    tx = optax.sgd(0.1)
-    step = jax.jit(make_step(loss_fn, tx), donate_argnums=0)
-    seen: list[StepReport] = []
-    before = np.asarray(BASE).copy()
+@pytest.mark.parametrize("x", [1.0, NAN, np.inf], ids=["sound", "nan", "inf"])
+def test_batch_without_a_token_has_loss_zero_and_no_update(x):
+    good, empty = batch(3, [1, 1, 1]), poisoned(batch(3, [0, 0, 0]), x)
+    states, log = run([good, empty, good])
+    assert learned(states[2]) == learned(states[1]), "no decay, no moments, no schedule"
+    assert (float(log[1].loss), float(log[1].grad_norm), float(log[1].tokens)) == (0, 0, 0)
+    assert [bool(m.skipped) for m in log] == [False, True, False]
+    assert [int(m.faults) for m in log] == [0, 0, 0]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    assert [int(m.updates) for m in log] == [1, 1, 2]
+    without, _ = run([good, good])
+    assert learned(states[-1]) == learned(without[-1])
+    assert learned(states[3]) != learned(states[2])
+
+
+@pytest.mark.parametrize("x", [NAN, np.inf], ids=["nan", "inf"])
+def test_empty_micro_batch_of_nonsense_leaves_the_group_sound(x):
+    sound = [*UNEQUAL[:2], batch(3, [0, 0, 0])]
+    nonsense = [*sound[:2], poisoned(sound[2], x)]
+    (_, expected), _ = run([stacked(sound)], accumulate=True)
+    (_, state), (metrics,) = run([stacked(nonsense)], accumulate=True)
+    assert learned(state) == learned(expected)
+    assert not metrics.skipped
+    (_, state), (metrics,) = run([stacked([poisoned(UNEQUAL[0], x)])], accumulate=True)
+    assert metrics.skipped
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_update_that_is_not_finite_is_left_out_and_counted_in_a_row(accumulate):
+    good = batch(3, [1, 1, 0])
+    bad = poisoned(good)
+    data = [stacked([part]) if accumulate else part for part in (good, bad, bad, good, bad)]
+    states, log = run(data, accumulate=accumulate)
+    assert [int(m.faults) for m in log] == [0, 1, 2, 0, 1]
+    assert [bool(m.skipped) for m in log] == [False, True, True, False, True]
+    assert [int(m.updates) for m in log] == [1, 1, 1, 2, 2]
+    assert np.isnan(log[1].loss)
+    assert learned(states[1]) == learned(states[2]) == learned(states[3])
+    assert learned(states[4]) == learned(states[5]) != learned(states[3])
+    without, _ = run([data[0], data[3]], accumulate=accumulate)
+    assert learned(states[-1]) == learned(without[-1])
+
+
+def test_gradient_that_is_not_finite_under_a_finite_loss_is_a_fault():
+    def kinked(adapter, params, batch):
+        loss = loss_fn(adapter, params, batch)
+        b = adapter["w"].b
+        return LossSum(loss.total + jnp.sqrt(b[0, 0] - b[0, 0]), loss.tokens)
+
+    tx = ADAMW
+    step = jax.jit(make_step(kinked, tx))
+    state, metrics = step(init_state(ADAPTER, tx), BASE, batch(3, [1, 1, 1]))
+    assert np.isfinite(metrics.loss)
+    assert not np.isfinite(metrics.grad_norm)
+    assert metrics.skipped
+    assert int(state.faults) == 1
+    assert as_bytes(state.adapter) == as_bytes(ADAPTER)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_donated_bytes_are_three_adapters_and_the_scalars(name):
+    tx, policy = ADAMW, PRECISIONS[name]
+    state = init_state(ADAPTER, tx, policy)
+    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(ADAPTER))
+    # step, updates, faults, Adam's count, the schedule's; float16: the scale, and how old it is.
+    scalars = 4 * (5 + 2 * (name == "float16"))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 3 * adapter_bytes + scalars
+    step = jax.jit(make_step(loss_fn, tx, policy=policy), donate_argnums=0)
+    compiled = step.lower(state, BASE, batch(3, [1, 1, 1])).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == 3 * adapter_bytes + scalars
+
+
+def test_a_thousand_calls_compile_once_and_move_nothing_to_or_from_the_host():
+    traces = []
+
+    def counted_loss(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    tx = adamw(schedule("hf_cosine", 1e-3, 1000, 10))
+    step = jax.jit(make_step(counted_loss, tx), donate_argnums=0)
     state = init_state(jax.tree.map(jnp.copy, ADAPTER), tx)
-    state = fit(step, state, BASE, batches, seen.append)
-    assert [report.step for report in seen] == [1, 2, 3, 4]
-    assert [report.trained_tokens for report in seen] == [2] * 4
-    assert int(state.step) == 4
-    np.testing.assert_array_equal(BASE, before)
+    data = jax.device_put([batch(3, [1, 1, 0]), poisoned(batch(3, [1, 1, 1])), batch(3, [0] * 3)])
+    donated = state.adapter["w"].a
+    with jax.transfer_guard("disallow"):
+        for i in range(1000):
+            state, _ = step(state, BASE, data[i % 3])
+        assert (len(traces), step._cache_size()) == (1, 1)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            step(state, BASE, batch(3, [1, 1, 1]))
+    assert (int(state.step), int(state.updates)) == (1000, 334)
+    assert donated.is_deleted()
 
 
-def test_loop_stops_when_asked_and_reports_the_last_update():
-    tx = optax.sgd(0.1)
-    seen: list[StepReport] = []
-    state = init_state(ADAPTER, tx)
-    batches = [batch(3, [1, 1, 1])] * 9
-    step = make_step(loss_fn, tx)
-    state = fit(step, state, BASE, batches, seen.append, should_stop=lambda: len(seen) == 2)
-    assert int(state.step) == len(seen) == 3
-
-
-def test_interrupt_becomes_a_request_once():
-    import os
-    import signal
-
-    with stop_on_interrupt() as requested:
-        assert not requested()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert requested()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_mean_loss_weights_by_tokens():
-    few, many = batch(2, [1, 0]), batch(6, [1] * 6)
-    sums = [loss_fn(ADAPTER, BASE, data) for data in (few, many)]
-    expected = sum(float(s.total) for s in sums) / 7
-    assert abs(mean_loss(make_eval_step(loss_fn), ADAPTER, BASE, [few, many]) - expected) < 1e-6
-    assert isinstance(sums[0], LossSum)
+def test_base_is_neither_changed_nor_given_away():
+    before = as_bytes(BASE)
+    tx = ADAMW
+    step = jax.jit(make_step(loss_fn, tx), donate_argnums=0)
+    step(init_state(jax.tree.map(jnp.copy, ADAPTER), tx), BASE, batch(3, [1, 1, 1]))
+    assert as_bytes(BASE) == before
