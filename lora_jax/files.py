@@ -9,11 +9,14 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_jax.errors import InputError
+
+LOCK = ".lock"
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -92,6 +95,29 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold ``directory`` for this process; the system lets go of it however the process ends.
+
+    Raises:
+      InputError: another process holds it; the message names it.
+    """
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(f"{directory} is in use by {holder}: wait, or stop it") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def sync_tree(directory: Path) -> None:

@@ -23,7 +23,7 @@ CORE = (
     ("adapter",),
     ("variants",),
     ("initialisers", "merging", "rewrite"),
-    ("selection", "planning", "adapting", "explanation"),
+    ("selection", "planning", "adapting", "explanation", "monitoring"),
 )
 LAYER = {name: layer for layer, names in enumerate(CORE) for name in names}
 SIDE_ROOMS = ("train", "models", "data")

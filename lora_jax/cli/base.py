@@ -20,6 +20,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.generate import LanguageModel, language_model
 from lora_jax.paths import named_leaves
 from lora_jax.site import Plan
+from lora_jax.train.precision import precision
 
 
 class Base(NamedTuple):
@@ -29,7 +30,7 @@ class Base(NamedTuple):
       name: as it was asked for.
       source: where it came from.
       config: of the decoder.
-      params: JAX arrays, on the default device.
+      params: JAX arrays on the default device, or NumPy arrays.
       digest: fingerprint of the parameters as they are stored, before any cast.
       chat: tokenizer and template.
       special_tokens: text of ``bos``, ``eos``, ``pad`` and ``unk``, as far as there are any.
@@ -51,8 +52,16 @@ class Base(NamedTuple):
         return self.chat.tokenizer
 
 
-def load_base(model: str, dtype: str | None, console: Console) -> Base:
+def load_base(
+    model: str, precision_name: str | None, console: Console, *, on_host: bool = False
+) -> Base:
     """Load a model by alias, directory, file or hub id.
+
+    Args:
+      model: which.
+      precision_name: a key of `lora_jax.train.precision.PRECISIONS`; None for the model's own.
+      console: where a download shows its progress.
+      on_host: leave the parameters on the host, for a caller that places them.
 
     Raises:
       InputError: it isn't there, isn't implemented, or has no chat template.
@@ -62,13 +71,18 @@ def load_base(model: str, dtype: str | None, console: Console) -> Base:
     found = pretrained.load(model, progress=console)
     if not found.chat_template:
         raise InputError(f"{model} has no chat template: choose an instruction-tuned model")
-    config = replace(found.config, dtype=dtype or found.config.dtype)
+    policy = precision(precision_name) if precision_name else None
+    config = replace(found.config, dtype=policy.compute) if policy else found.config
+    as_array = np.asarray if on_host else jnp.asarray
     in_template = {f"{role}_token": text for role, text in found.special_tokens.items()}
     return Base(
         name=found.name,
         source=found.source,
         config=config,
-        params=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype or leaf.dtype), found.params),
+        params=jax.tree.map(
+            lambda leaf: as_array(leaf, jnp.dtype(policy.base if policy else leaf.dtype)),
+            found.params,
+        ),
         digest=digest(found.params),
         chat=ChatFormat(found.tokenizer, found.chat_template, in_template),
         special_tokens=found.special_tokens,
@@ -93,12 +107,20 @@ def _bytes(leaf: Any) -> memoryview:
 
 
 def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None:
-    """The adapter as a PEFT directory that remembers its base."""
+    """The adapter as a PEFT directory that remembers its base, in place of an earlier one."""
     from interop import peft
     from interop.keymaps import LLAMA
 
     about = {"model": base.name, "source": base.source, "digest": base.digest}
-    peft.write(directory, adapter, plan, keymap=LLAMA, base_model_name=base.name, base=about)
+    peft.write(
+        directory,
+        adapter,
+        plan,
+        keymap=LLAMA,
+        base_model_name=base.name,
+        base=about,
+        overwrite=True,
+    )
 
 
 def require_writable(plan: Plan) -> None:

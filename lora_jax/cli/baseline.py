@@ -41,7 +41,8 @@ def _directory() -> Path:
 
 
 def _fingerprint(task: Task, max_new_tokens: int) -> str:
-    heldout = task.heldout.packed if task.heldout else ()
+    groups = task.heldout.packed if task.heldout else ()
+    heldout = [leaf for group in groups for leaf in group]
     decides: list[Any] = [
         [version(package) for package in ("lora-jax", "jax", "jaxlib")],
         jax.default_backend(),

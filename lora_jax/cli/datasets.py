@@ -1,15 +1,20 @@
-"""From files of chat rows to packed sequences and the batches of a run."""
+"""From files of rows to arranged sequences and the batches of a run."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
 from lora_jax.cli.base import Base
 from lora_jax.cli.options import DataOptions
-from lora_jax.data.batches import BatchPlan, plan_batches
+from lora_jax.cli.terminal import open_console
+from lora_jax.data.arranging import arrange_rows
+from lora_jax.data.batch_plan import BatchPlan, plan_batches
 from lora_jax.data.chat import encode_rows
-from lora_jax.data.formats import Row, read_rows
-from lora_jax.data.packing import Packed, fit_rows, pack_rows
+from lora_jax.data.faults import listed
+from lora_jax.data.fitting import fit_rows
+from lora_jax.data.formats import Row, read_file
+from lora_jax.data.packing import Packed
 from lora_jax.errors import InputError
 
 SAMPLED_QUESTIONS = 6
@@ -23,19 +28,34 @@ class Rows(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Packed rows and the shapes of their batches."""
+    """Rows arranged in sequences, a group for each length, and the shapes of their batches."""
 
-    packed: Packed
+    packed: tuple[Packed, ...]
     batches: BatchPlan
 
 
 def read(options: DataOptions) -> Rows:
     """Read both files; nothing else is needed to find what is wrong with them."""
-    return Rows(read_rows(options.data), read_rows(options.heldout) if options.heldout else ())
+    heldout = options.heldout
+    return Rows(_read(options.data, options), _read(heldout, options) if heldout else ())
 
 
-def pack(options: DataOptions, rows: tuple[Row, ...], base: Base, console: Console) -> Sequences:
-    """Encode rows in the base's chat format and pack them; say what the length limit cost.
+def _read(path: Path, options: DataOptions) -> tuple[Row, ...]:
+    found = read_file(
+        path, skip_bad_lines=options.skip_bad_lines, ignore_fields=options.ignore_fields
+    )
+    if found.skipped:
+        message = f"skipped   {len(found.skipped)} rows of {path}: {listed(found.skipped)}"
+        open_console().print(message, markup=False, soft_wrap=True)
+    return found.rows
+
+
+def pack(
+    options: DataOptions, rows: tuple[Row, ...], base: Base, console: Console, shards: int = 1
+) -> Sequences:
+    """Encode rows in the base's chat format and arrange them; say what the length limit cost.
+
+    A step has ``accumulate`` micro-batches for each of ``shards`` groups of devices.
 
     Raises:
       InputError: rows longer than the limit, without a trained token, or not expressible.
@@ -45,26 +65,41 @@ def pack(options: DataOptions, rows: tuple[Row, ...], base: Base, console: Conso
             f"max_length is {options.max_length}, but {base.name} has {base.config.max_positions} "
             "positions: lower --max-length"
         )
-    fitted = fit_rows(encode_rows(base.chat, rows), options.max_length, options.truncate)
-    if fitted.dropped or fitted.cut:
+    encoded = encode_rows(base.chat, rows, options.assistant_turns)
+    fitted = fit_rows(encoded, options.max_length, options.truncate)
+    if fitted.dropped or fitted.cut or fitted.split:
         console.print(
-            f"too long  {fitted.dropped} rows left out, {fitted.cut} cut at {options.max_length} "
-            f"tokens (--truncate {options.truncate})"
+            f"too long  {fitted.dropped} rows left out, {fitted.cut} cut, {fitted.split} split "
+            f"at {options.max_length} tokens (--truncate {options.truncate})"
         )
-    packed = pack_rows(fitted.rows, options.max_length, base.config.vocab_size)
+    packed = arrange_rows(
+        fitted.rows,
+        packing=options.packing,
+        max_length=options.max_length,
+        vocab_size=base.config.vocab_size,
+        sequences_per_step=options.batch_size * options.accumulate * shards,
+    )
     batches = plan_batches(
         packed,
         batch_size=options.batch_size,
         epochs=options.epochs,
-        accumulate=options.accumulate if options.accumulate != 1 else None,
+        accumulate=options.accumulate * shards,
     )
     return Sequences(packed, batches)
 
 
 def questions(rows: Rows, given: tuple[str, ...]) -> tuple[str, ...]:
-    """The prompts given, or the first user turns of the held-out (else the training) rows."""
-    firsts = (
-        next((m["content"] for m in row.messages if m["role"] == "user"), "")
-        for row in rows.heldout or rows.train
-    )
-    return given or tuple(dict.fromkeys(filter(None, firsts)))[:SAMPLED_QUESTIONS]
+    """The prompts given, or the first user turns of the held-out (else the training) rows.
+
+    Raises:
+      InputError: no prompt is given, and the rows are plain text.
+    """
+    found = given or _first_questions(rows.heldout) or _first_questions(rows.train)
+    if not found:
+        raise InputError("no row has a question to answer before and after: pass --prompts")
+    return found
+
+
+def _first_questions(rows: tuple[Row, ...]) -> tuple[str, ...]:
+    firsts = (next((m["content"] for m in row.messages if m["role"] == "user"), "") for row in rows)
+    return tuple(dict.fromkeys(filter(None, firsts)))[:SAMPLED_QUESTIONS]

@@ -17,7 +17,7 @@ def write_merged(options: Options) -> int:
     """Run `lora-jax merge`."""
     console = open_console()
     model = runs.model_of(options.run, options.model)
-    base = load_base(model, runs.dtype_of(options.run), console)
+    base = load_base(model, runs.precision_of(options.run), console)
     params = base.params if options.base_only else _merged(options, base, console)
     _write(options, base, params)
     what = "the base" if options.base_only else "base and adapter, merged,"

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax.cli.bench_flops import Options
 from lora_jax.cli.options import LINEAR_LAYERS
-from lora_jax.cli.training import adapted_loss, logits_of_batch
+from lora_jax.cli.preparing import adapted_loss, logits_of_batch
+from lora_jax.cli.tasks import Example
 from lora_jax.data.batches import Batch
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import param_shapes
@@ -58,7 +59,8 @@ def lowered_step(config: DecoderConfig, options: Options) -> tuple[Any, Plan]:
     tx = adamw(1e-3)
     state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), params, plan), tx))
     step = make_step(adapted_loss(model_fn, plan), tx)
-    return jax.jit(step, donate_argnums=0).lower(state, params, batch).compile(), plan
+    lowered = jax.jit(step, donate_argnums=0).lower(state, params, Example(batch))
+    return lowered.compile(), plan
 
 
 def _counted(config: DecoderConfig, options: Options) -> tuple[float, Plan]:

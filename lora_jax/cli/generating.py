@@ -23,7 +23,7 @@ def generate_answers(options: Options) -> int:
         raise InputError('no prompt: give --prompts "Who are you?" or type one a line')
     console = open_console()
     enable_compilation_cache()
-    base = load_base(model, runs.dtype_of(options.run), console)
+    base = load_base(model, runs.precision_of(options.run), console)
     adapter, plan = read_adapter(directory, base)
     forms = {
         "without": (language_model(base.config), base.params),

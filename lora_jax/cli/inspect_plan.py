@@ -23,13 +23,13 @@ def run(options: Options) -> int:
 
     import lora_jax as lora
     from lora_jax.cli.base import load_base
+    from lora_jax.cli.preparing import lora_config
     from lora_jax.cli.terminal import open_console
-    from lora_jax.cli.training import lora_config
     from lora_jax.models.decoder import Decoder
     from lora_jax.paths import named_leaves
 
     console = open_console(stderr=options.form == "json")
-    base = load_base(options.model.model, options.model.dtype, console)
+    base = load_base(options.model.model, options.model.precision, console)
     decoder = Decoder(base.config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 

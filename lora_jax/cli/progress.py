@@ -1,7 +1,6 @@
 """What a person sees while a model trains: one line that moves, or a line now and then in a log."""
 
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,14 +20,10 @@ class TrainingProgress:
       console: where to show it.
       steps: updates in the run.
       positions: positions computed in an update, padding included.
-      rates: learning rate of each update.
     """
 
-    def __init__(
-        self, console: Console, steps: int, positions: int, rates: Sequence[float]
-    ) -> None:
+    def __init__(self, console: Console, steps: int, positions: int) -> None:
         self._console, self._steps, self._positions = console, steps, positions
-        self._rates = rates
         self._logged = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -52,17 +47,17 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def show(self, report: StepReport) -> None:
+    def show(self, report: StepReport, learning_rate: float) -> None:
         """One update more."""
         rate = self._positions / report.seconds
-        line = f"loss {report.loss:.3f} · lr {self._rates[report.step - 1]:.1e} · {rate:,.0f} tok/s"
+        line = f"loss {report.loss:.3f} · lr {learning_rate:.1e} · {rate:,.0f} tok/s"
         self._bar.update(self._task, completed=report.step, description=line)
         if not self._console.is_terminal and self._is_due(report.step):
             left = (self._steps - report.step) * report.seconds
             self._console.print(f"update {report.step}/{self._steps} · {line} · {left:.0f} s left")
 
     def _is_due(self, step: int) -> bool:
-        due = step in (1, self._steps) or time.monotonic() - self._logged > LOG_EVERY
+        due = step == self._steps or time.monotonic() - self._logged > LOG_EVERY
         if due:
             self._logged = time.monotonic()
         return due

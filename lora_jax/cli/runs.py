@@ -2,7 +2,8 @@
 
 adapter/         a PEFT directory: adapter_config.json, adapter_model.safetensors, manifest.json
 config.yaml      every option as it was resolved; lora-jax train --config reads it back
-metrics.jsonl    one line an update
+checkpoints/     what --resume goes on from
+metrics.jsonl    one line an update, and one an evaluation
 loss.png         the loss over the run
 answers.json     the prompts, answered before and after
 """
@@ -15,9 +16,10 @@ from typing import Any
 from lora_jax.cli.parsing import read_yaml
 from lora_jax.errors import InputError
 
-ADAPTER, CONFIG, METRICS, LOSS_PLOT, ANSWERS = (
+ADAPTER, CONFIG, CHECKPOINTS, METRICS, LOSS_PLOT, ANSWERS = (
     "adapter",
     "config.yaml",
+    "checkpoints",
     "metrics.jsonl",
     "loss.png",
     "answers.json",
@@ -42,6 +44,14 @@ def require_free(directory: Path) -> None:
         raise InputError(
             f"can't write to {parent}: {error.strerror}; choose another directory"
         ) from error
+
+
+def require_run(directory: Path) -> None:
+    """Raise an InputError unless a run was begun in ``directory``."""
+    if not (directory / CONFIG).is_file():
+        raise InputError(
+            f"{directory} is no run to resume: expected {directory / CONFIG}; leave out --resume"
+        )
 
 
 def adapter_directory(run: Path) -> Path:
@@ -71,9 +81,9 @@ def model_of(run: Path, model: str | None) -> str:
     return named
 
 
-def dtype_of(run: Path) -> str | None:
-    """The dtype that a run was trained in; None where the directory doesn't say."""
-    return _of_config(run, "model").get("dtype")
+def precision_of(run: Path) -> str | None:
+    """The precision that a run was trained in; None where the directory doesn't say."""
+    return _of_config(run, "model").get("precision")
 
 
 def prompts_of(run: Path) -> tuple[str, ...]:

@@ -9,8 +9,17 @@ from lora_jax.data.batches import Batch
 from lora_jax.site import Plan
 from lora_jax.train.losses import LossSum
 
-LossFn = Callable[[Any, Any, Batch], LossSum]
-"""``loss_fn(adapter, params, batch)``."""
+
+class Example(NamedTuple):
+    """A batch, and the key of its dropout where there is any; a leading axis of micro-batches."""
+
+    batch: Batch
+    dropout_key: Any = None
+    """(2,) uint32."""
+
+
+LossFn = Callable[[Any, Any, Example], LossSum]
+"""``loss_fn(adapter, params, example)``."""
 
 
 class Task(NamedTuple):

@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_jax.cli.options import DataOptions, LoraOptions, ModelOptions, OptimOptions
+from lora_jax.cli.options import (
+    DataOptions,
+    DeviceOptions,
+    LoraOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -12,7 +19,7 @@ class Options:
 
     data: DataOptions
     out: Path
-    """New directory for the run: adapter, config, metrics, loss curve, answers."""
+    """New directory for the run: adapter, checkpoints, config, metrics, loss curve, answers."""
     config: Path | None = None
     """YAML file with any of these options by group; flags win over it."""
     prompts: tuple[str, ...] = ()
@@ -22,13 +29,28 @@ class Options:
     model: ModelOptions = field(default_factory=ModelOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
 
 
 def run(options: Options) -> int:
-    """Train; the exit status is 130 if Ctrl-C ended it early (what was learned is kept)."""
-    from lora_jax.cli.runs import require_free
+    """Train.
 
-    require_free(options.out)
-    from lora_jax.cli.training import train
+    The exit status is 0 when the run is complete, 130 or 143 when Ctrl-C or SIGTERM ended it
+    early (a checkpoint is kept, and --resume goes on from it), and 1 when too many updates in a
+    row were not finite.
+    """
+    import sys
 
-    return train(options)
+    from lora_jax.cli.runs import require_free, require_run
+    from lora_jax.cli.stopping import Stopped, stop_on_signals
+
+    (require_run if options.run.resume else require_free)(options.out)
+    with stop_on_signals() as stop:
+        from lora_jax.cli.training import train
+
+        try:
+            return train(options, stop)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.status

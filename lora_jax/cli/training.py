@@ -1,231 +1,249 @@
 """One training run from its options to its directory, in the order in which it happens."""
 
+import contextlib
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
-from lora_jax.cli import datasets, runs
+from lora_jax.cli import runs
 from lora_jax.cli.answers import answers
-from lora_jax.cli.base import (
-    adapted_language_model,
-    load_base,
-    require_writable,
-    write_adapter,
-)
+from lora_jax.cli.base import adapted_language_model, write_adapter
 from lora_jax.cli.baseline import judge_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
-from lora_jax.cli.options import LoraOptions, OptimOptions, require_ranges
+from lora_jax.cli.history import History
 from lora_jax.cli.parsing import as_yaml
+from lora_jax.cli.preparing import optimizer_of, placement_of, prepare
 from lora_jax.cli.progress import TrainingProgress
-from lora_jax.cli.tasks import Judgement, LossFn, Task
+from lora_jax.cli.resuming import checkpoint_of, identity, resume_hint
+from lora_jax.cli.run_log import Sink, keep_up_to, sinks
+from lora_jax.cli.stopping import Stop
+from lora_jax.cli.tasks import Example, Judgement, Task
 from lora_jax.cli.terminal import open_console
 from lora_jax.cli.train import Options
+from lora_jax.cli.watching import Run, Watch
 from lora_jax.data.batches import Batch, eval_batches, train_batches
-from lora_jax.errors import InputError
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.site import Plan
-from lora_jax.train.loop import StepReport, fit, mean_loss, stop_on_interrupt
-from lora_jax.train.losses import LossSum, cross_entropy
-from lora_jax.train.metrics import append_metrics, plot_loss
-from lora_jax.train.optim import adamw, warmup_cosine
-from lora_jax.train.step import TrainState, init_state, make_eval_step, make_step
+from lora_jax.files import locked, write_text
+from lora_jax.train import checkpoint
+from lora_jax.train.checkpoint import Checkpoint, Saver
+from lora_jax.train.distributed import initialize_distributed, is_main
+from lora_jax.train.loop import fit, mean_loss
+from lora_jax.train.metrics import plot_loss
+from lora_jax.train.partition import stop_gradients
+from lora_jax.train.placement import Placement
+from lora_jax.train.precision import precision
+from lora_jax.train.step import TrainState, init_state, make_step
 
-INTERRUPTED = 130
-
-ModelFn = Callable[[Any, Batch], jax.Array]
+FAULTY = 1
 
 
-def train(options: Options) -> int:
+def train(options: Options, stop: Stop) -> int:
     """Run the whole of it; see `lora_jax.cli.train.run`."""
     started = time.perf_counter()
-    console = open_console()
+    devices = options.devices
+    if devices.distributed:
+        initialize_distributed(devices.coordinator, devices.num_processes, devices.process_id)
+    console = open_console(quiet=not is_main())
     enable_compilation_cache()
-    task = prepare(options, console)
-    batches = train_batches(*task.rows, seed=options.data.seed)
-    judge = judge_of(task, options.max_new_tokens)
+    task = prepare(options, console, stop)
+    with locked(options.out) if is_main() else contextlib.nullcontext():
+        now = identity(options, task)
+        found = checkpoint_of(options, now, console)
+        run = _begin(options, task, found, console, stop)
+        if is_main():
+            write_text(options.out / runs.CONFIG, as_yaml(options))
+            keep_up_to(options.out / runs.METRICS, run.done)
+        batches = _batches(run, found)
+        with sinks(options.out, options.run.log_to if is_main() else ()) as log:
+            state = _train(run, now, batches, log, stop, started)
+        return _finish(run, state, stop, started)
+
+
+def _begin(
+    options: Options, task: Task, found: Checkpoint | None, console: Console, stop: Stop
+) -> Run:
+    placement = placement_of(options.devices, task.base, task.plan)
+    params = placement.put_params(task.base.params)
     adapter = lora.init(jax.random.key(options.data.seed), task.base.params, task.plan)
-    with console.status("answering and evaluating before training"):
-        before = judge_base(task, options.max_new_tokens, lambda: judge(adapter), console)
-
-    steps = task.rows.batches.steps
-    schedule = schedule_of(options.optim, steps)
-    with console.status("compiling the update"):
-        state, update = compile_update(options, task, adapter, schedule, console)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / runs.CONFIG).write_text(as_yaml(options), encoding="utf-8")
-    rates = jax.device_get(jax.vmap(schedule)(jnp.arange(steps))).tolist()
-    losses: list[float] = []
-    with TrainingProgress(console, steps, positions_per_update(task), rates) as progress:
-
-        def observe(report: StepReport) -> None:
-            require_finite(report)
-            if not losses:
-                console.print(f"first update after {time.perf_counter() - started:.1f} s")
-            losses.append(report.loss)
-            rate = rates[report.step - 1]
-            append_metrics(options.out / runs.METRICS, **report._asdict(), learning_rate=rate)
-            progress.show(report)
-
-        with stop_on_interrupt() as stop:
-            state = fit(update, state, task.base.params, batches, observe, should_stop=stop)
-
-    write_adapter(options.out / runs.ADAPTER, task.base, state.adapter, task.plan)
-    with console.status("answering and evaluating after training"):
-        after = judge(state.adapter)
-    write_judgements(options.out, losses, before, after)
-    print_judgements(console, task.questions, before, after)
-    console.print(f"adapter   {options.out / runs.ADAPTER} (a PEFT directory)", soft_wrap=True)
-    console.print(f"took      {time.perf_counter() - started:.0f} s")
-    if len(losses) == steps:
-        return 0
-    console.print(f"stopped   after {len(losses)} of {steps} updates; what was learned is kept")
-    return INTERRUPTED
+    policy = precision(options.model.precision)
+    state = init_state(adapter, optimizer_of(options.optim, task.rows.batches.steps), policy)
+    judge = _judge_of(task, placement, params, options.max_new_tokens)
+    if found is None:
+        state, done = placement.put_state(state), 0
+        with console.status("answering and evaluating before training"):
+            before = _judge_base(task, judge, state.adapter, options, console)
+        heldout = {} if before.loss is None else {0: before.loss}
+        history = History(before, heldout=heldout)
+    else:
+        state, done = placement.put_state(checkpoint.restore(found, state)), found.step
+        history = History.from_json(found.progress["history"])
+    stop.check()
+    return Run(options, task, placement, params, state, done, history, judge, console)
 
 
-def prepare(options: Options, console: Console) -> Task:
-    """Read, load and plan everything, so that whatever is wrong is found before it costs time."""
-    require_ranges(options.optim, options.data)
-    config = lora_config(options.lora)
-    rows = datasets.read(options.data)
-    base = load_base(options.model.model, options.model.dtype, console)
-    console.print(f"model     {base.name} ({base.source})", soft_wrap=True)
-    data, single = options.data, replace(options.data, epochs=1, accumulate=1)
-    sequences = datasets.pack(data, rows.train, base, console)
-    heldout = datasets.pack(single, rows.heldout, base, console) if rows.heldout else None
-    console.print(f"training  {sequences.batches}", soft_wrap=True)
-    console.print(f"held out  {heldout.batches if heldout else 'none'}", soft_wrap=True)
-
-    model_fn = logits_of_batch(replace(base.config, remat=options.model.remat))
-    example = next(eval_batches(*sequences))
-    if sequences.batches.accumulate is not None:
-        example = Batch(*(leaf[0] for leaf in example))
-    plan = lora.plan(model_fn, base.params, example, config=config)
-    require_writable(plan)
-    console.print(lora.explain(plan, width=console.width), markup=False, soft_wrap=True)
-    questions = datasets.questions(rows, options.prompts)
-    return Task(base, sequences, heldout, questions, plan, adapted_loss(model_fn, plan))
+def _judge_base(
+    task: Task, judge: Callable, adapter: Any, options: Options, console: Console
+) -> Judgement:
+    """The base's judgement; where several processes compute, all do, or none."""
+    fresh = partial(judge, adapter, True)
+    if jax.process_count() > 1:
+        return fresh()
+    return judge_base(task, options.max_new_tokens, fresh, console)
 
 
-def logits_of_batch(config: DecoderConfig) -> ModelFn:
-    """``model_fn(params, batch) -> logits`` at the positions whose next token is trained."""
-    decoder = Decoder(config)
+def _judge_of(
+    task: Task, placement: Placement, params: Any, max_new_tokens: int
+) -> Callable[[Any, bool], Judgement]:
+    """One compiled way to judge every adapter of the run; a fresh one is the base.
 
-    def model_fn(params: Any, batch: Batch) -> jax.Array:
-        logits, _ = decoder.apply(
-            {"params": params},
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            logits_at=batch.predict_at,
-        )
-        return logits
-
-    return model_fn
-
-
-def adapted_loss(model_fn: ModelFn, plan: Plan, **adapt_options: Any) -> LossFn:
-    """``loss_fn(adapter, params, batch) -> LossSum`` of the adapted function."""
-    adapted = lora.adapt(model_fn, plan, **adapt_options)
-
-    def loss_fn(adapter: Any, params: Any, batch: Batch) -> LossSum:
-        return cross_entropy(adapted(params, adapter, batch), batch.targets, batch.weights)
-
-    return loss_fn
-
-
-def lora_config(options: LoraOptions) -> lora.LoraConfig:
-    """The library's config for the command line's options."""
-    return lora.LoraConfig(
-        rank=options.rank,
-        alpha=options.alpha,
-        targets=options.targets,
-        exclude=options.exclude,
-        use_rslora=options.rslora,
-        init=options.init,
-        init_std=options.init_std,
-    )
-
-
-def schedule_of(options: OptimOptions, steps: int) -> Callable[[Any], Any]:
-    """Learning rate by updates done."""
-    warmup = min(round(options.warmup * steps), steps - 1)
-    return warmup_cosine(options.learning_rate, steps, warmup, options.final_lr)
-
-
-def compile_update(
-    options: Options, task: Task, adapter: Any, schedule: Callable, console: Console
-) -> tuple[TrainState, Callable]:
-    """The first state and the update, compiled ahead of its first use, the state donated."""
-    started = time.perf_counter()
-    optim = options.optim
-    tx = adamw(schedule, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
-    step = make_step(task.loss_fn, tx, accumulate=task.rows.batches.accumulate is not None)
-    state = init_state(adapter, tx)
-    batch = next(eval_batches(*task.rows))
-    update = jax.jit(step, donate_argnums=0).lower(state, task.base.params, batch).compile()
-    console.print(f"compiled  in {time.perf_counter() - started:.1f} s")
-    return state, update
-
-
-def require_finite(report: StepReport) -> None:
-    """Raise an InputError at the first loss or gradient that is not a number."""
-    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-        raise InputError(
-            f"update {report.step} has loss {report.loss} and gradient norm {report.grad_norm}: "
-            "training stopped and no adapter was written; lower --learning-rate"
-        )
-
-
-def positions_per_update(task: Task) -> int:
-    """Positions computed in one update, padding included."""
-    return task.rows.batches.sequences_per_step * task.rows.batches.length
-
-
-def judge_of(task: Task, max_new_tokens: int) -> Callable[[Any], Judgement]:
-    """One compiled way to judge every adapter of the run; a fresh one is the base."""
+    Several processes don't answer: generation looks at each token on the host.
+    """
     model = adapted_language_model(task.base.config, task.plan)
-    eval_step = make_eval_step(task.loss_fn)
+    eval_step = placement.compile_loss(task.loss_fn)
 
-    def judge(adapter: Any) -> Judgement:
-        params = task.base.params
-        said = answers(task.base, model, (params, adapter), task.questions, max_new_tokens)
+    def judge(adapter: Any, with_answers: bool) -> Judgement:
+        said = []
+        if with_answers and jax.process_count() == 1:
+            said = answers(task.base, model, (params, adapter), task.questions, max_new_tokens)
         if task.heldout is None:
             return Judgement(said, None)
-        return Judgement(said, mean_loss(eval_step, adapter, params, eval_batches(*task.heldout)))
+        own = placement.own(np.arange(task.heldout.batches.accumulate or 1))
+        batches = eval_batches(*task.heldout, own=own)
+        placed = (placement.put_batch(Example(batch)) for batch in batches)
+        return Judgement(said, mean_loss(eval_step, adapter, params, placed))
 
     return judge
 
 
-def write_judgements(out: Path, losses: list[float], before: Judgement, after: Judgement) -> None:
+class _Batches(NamedTuple):
+    """The batches of a run, placed, and where among them it is."""
+
+    placed: Iterator[Any]
+    position: Callable[[], Any]
+
+
+def _batches(run: Run, found: Checkpoint | None) -> _Batches:
+    own = run.placement.own(np.arange(run.task.rows.batches.accumulate or 1))
+    source = train_batches(*run.task.rows, seed=run.options.data.seed, own=own)
+    if found is not None:
+        source.set_state(found.progress["batches"])
+    examples = map(partial(_example, run.options, own), enumerate(source, run.done))
+    return _Batches(map(run.placement.put_batch, examples), source.get_state)
+
+
+def _example(options: Options, own: np.ndarray, numbered: tuple[int, Batch]) -> Example:
+    """The batch of one update, with keys of its dropout that depend on its number alone."""
+    update, batch = numbered
+    if not options.lora.dropout:
+        return Example(batch)
+    of_update = jax.random.fold_in(jax.random.key(options.data.seed), update)
+    keys = [jax.random.key_data(jax.random.fold_in(of_update, int(number))) for number in own]
+    return Example(batch, np.stack(keys))
+
+
+def _train(
+    run: Run, now: Any, batches: _Batches, log: Sink, stop: Stop, started: float
+) -> TrainState:
+    """All updates, with what happens between them."""
+    options = run.options
+    optim, policy = options.optim, precision(options.model.precision)
+    tx = optimizer_of(optim, run.steps)
+    loss_fn = stop_gradients(run.task.loss_fn, optim.freeze) if optim.freeze else run.task.loss_fn
+    step = run.placement.compile_step(partial(make_step, tx=tx, policy=policy), loss_fn)
+    positions = run.task.rows.batches.positions_per_step
+    with (
+        Saver(options.out / runs.CHECKPOINTS, options.run.keep) as saver,
+        TrainingProgress(run.console, run.steps, positions) as progress,
+    ):
+        watch = Watch(run, now, batches.position, saver, log, progress, started)
+        state = fit(
+            step,
+            run.state,
+            run.params,
+            batches.placed,
+            watch.observe,
+            done=run.done,
+            pauses=watch.pauses,
+            pause=watch.pause,
+            should_stop=lambda: stop.requested() or watch.gives_up(),
+        )
+        watch.keep_last(state)
+    return state
+
+
+def _finish(run: Run, state: TrainState, stop: Stop, started: float) -> int:
+    """Write and print what came of it; the exit status."""
+    options, history, console = run.options, run.history, run.console
+    done = len(history.losses)
+    faults = int(run.placement.fetch(state.faults))
+    stopped_early = done < run.steps and not stop.requested() and not faults
+    if done < run.steps and not stopped_early:
+        why = (
+            "too many updates in a row were not finite; lower --learning-rate"
+            if faults
+            else ("on request")
+        )
+        console.print(f"stopped   after {done} of {run.steps} updates, {why}", soft_wrap=True)
+        console.print(f"resume    {resume_hint(options)}", soft_wrap=True)
+        return FAULTY if faults else stop.status
+    state, chosen = _chosen(run, state, done)
+    adapter = run.placement.fetch(state.adapter)
+    if is_main():
+        write_adapter(options.out / runs.ADAPTER, run.task.base, adapter, run.task.plan)
+    with console.status("answering and evaluating after training"):
+        after = run.judge(state.adapter, True)
+    if after.loss is not None:
+        history.heldout[chosen] = after.loss
+    if is_main():
+        _write_judgements(run, after)
+        print_judgements(console, run.task.questions, history.before, after)
+    console.print(f"adapter   {options.out / runs.ADAPTER} (a PEFT directory)", soft_wrap=True)
+    if stopped_early:
+        console.print(f"stopped   after {done} of {run.steps} updates: no lower held-out loss")
+    if chosen != done:
+        console.print(f"chosen    the adapter of update {chosen}, of the lowest held-out loss")
+    console.print(f"took      {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _chosen(run: Run, state: TrainState, done: int) -> tuple[TrainState, int]:
+    """The state whose adapter is the result: the last, or the best if that was asked for."""
+    best = run.history.best
+    if not run.options.run.keep_best or best is None or best == done:
+        return state, done
+    found = checkpoint.look(run.options.out / runs.CHECKPOINTS, best)
+    return run.placement.put_state(checkpoint.restore(found, state)), best
+
+
+def _write_judgements(run: Run, after: Judgement) -> None:
     """The loss curve, and the answers before and after."""
-    heldout = {0: before.loss, len(losses): after.loss}
-    known = {step: loss for step, loss in heldout.items() if loss is not None}
-    plot_loss(out / runs.LOSS_PLOT, losses, known)
-    content = {"before": before._asdict(), "after": after._asdict(), "updates": len(losses)}
+    out, history = run.options.out, run.history
+    plot_loss(out / runs.LOSS_PLOT, history.losses, history.heldout)
+    content = {
+        "before": history.before._asdict(),
+        "after": after._asdict(),
+        "updates": len(history.losses),
+    }
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (out / runs.ANSWERS).write_text(text + "\n", encoding="utf-8")
+    write_text(out / runs.ANSWERS, text + "\n")
 
 
 def print_judgements(
     console: Console, questions: tuple[str, ...], before: Judgement, after: Judgement
 ) -> None:
     """Answers side by side, and the loss on the held-out rows."""
-    table = Table("prompt", "before", "after", show_lines=True)
-    for row in zip(questions, before.answers, after.answers, strict=True):
-        table.add_row(*row)
-    console.print(table, markup=False)
+    if after.answers:
+        table = Table("prompt", "before", "after", show_lines=True)
+        for row in zip(questions, before.answers, after.answers, strict=True):
+            table.add_row(*row)
+        console.print(table, markup=False)
     if before.loss is not None and after.loss is not None:
         console.print(
             f"held out  loss {before.loss:.3f} before, {after.loss:.3f} after "

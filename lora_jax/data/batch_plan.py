@@ -64,6 +64,11 @@ class BatchPlan:
         return self.batch_size * (self.accumulate or 1)
 
     @property
+    def positions_per_step(self) -> int:
+        """Positions computed in a step of the longest sequences, padding included."""
+        return self.sequences_per_step * self.length
+
+    @property
     def steps_per_epoch(self) -> int:
         return sum(-(-shape.sequences // self.sequences_per_step) for shape in self.shapes)
 

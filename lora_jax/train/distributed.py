@@ -1,6 +1,8 @@
 """Several processes as one machine, through JAX's own distributed runtime."""
 
 import re
+import socket
+import time
 from typing import Any
 
 import jax
@@ -24,11 +26,12 @@ def initialize_distributed(
       coordinator: ``host:port`` of process 0, which listens there.
       num_processes: of the whole run.
       process_id: of this process, from 0.
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the others. Process 0 can't tell who is missing: JAX's
+        runtime ends it with DEADLINE_EXCEEDED.
 
     Raises:
-      InputError: some arguments are missing or impossible, there is no cluster to read, or JAX
-        has started already.
+      InputError: some arguments are missing or impossible, nobody answers at the coordinator's
+        address, there is no cluster to read, or JAX has started already.
 
     >>> initialize_distributed("node0", num_processes=2)
     Traceback (most recent call last):
@@ -41,6 +44,8 @@ expected host:port
         raise InputError("distributed: " + "; ".join(problems))
     if jax.distributed.is_initialized():
         raise InputError("distributed: this process has joined already, call it once")
+    if coordinator and process_id:
+        _await_coordinator(coordinator, timeout)
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout
@@ -70,6 +75,22 @@ def _problems(given: dict[str, Any]) -> list[str]:
         ),
     }
     return [problem for problem, holds in checks.items() if holds]
+
+
+def _await_coordinator(coordinator: str, timeout: int) -> None:
+    """Where nobody answers, JAX's runtime would abort the process without naming the address."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"distributed: nobody answered at {coordinator} within {timeout} s ({error}): "
+                    "start process 0 there, and check the address and the firewall"
+                ) from error
+        time.sleep(0.2)
 
 
 def _remedy(given: dict[str, Any]) -> str:

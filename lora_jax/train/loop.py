@@ -1,6 +1,5 @@
 """The training loop, and the loss over a whole set of rows."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,16 +20,15 @@ class StepReport(NamedTuple):
     grad_norm: float
     trained_tokens: int
     skipped: bool
-    """Whether the state was left as it was: no token to learn from, or nothing finite."""
+    """Whether the state was left as it was: no token to learn from, or something not finite."""
+    updates: int
+    """Those among them that changed the adapter; the learning rate was that of one less."""
+    faults: int
+    """Updates in a row, with this one, that were left out as not finite."""
     loss_scale: float | None
     """Of float16; None elsewhere."""
     seconds: float
     """Wall-clock since the update before."""
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are numbers."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def fit(
@@ -104,6 +102,8 @@ def _report(
             grad_norm=float(values.grad_norm),
             trained_tokens=int(values.tokens),
             skipped=bool(values.skipped),
+            updates=int(values.updates),
+            faults=int(values.faults),
             loss_scale=None if scale is None else float(scale),
             seconds=now - last,
         )

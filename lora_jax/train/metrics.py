@@ -1,6 +1,7 @@
 """What is written about a run: one JSON line an update, and a picture of the loss."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ def append_metrics(path: Path, **record: Any) -> None:
         log.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def plot_loss(path: Path, losses: Sequence[float], heldout: dict[int, float]) -> None:
+def plot_loss(path: Path, losses: Sequence[float | None], heldout: dict[int, float]) -> None:
     """Draw the loss over updates as a PNG, with the held-out loss at the updates it was taken.
 
     Args:
       path: where the picture goes.
-      losses: mean loss a token of each update, nats.
+      losses: mean loss a token of each update, nats; None where it was not finite.
       heldout: loss on the held-out rows by updates done; empty for none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +34,8 @@ def plot_loss(path: Path, losses: Sequence[float], heldout: dict[int, float]) ->
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", label="training")
+    finite = [math.nan if loss is None else loss for loss in losses]
+    axes.plot(range(1, len(losses) + 1), finite, color="tab:blue", label="training")
     if heldout:
         steps, values = zip(*sorted(heldout.items()), strict=True)
         axes.plot(steps, values, "o--", color="tab:orange", label="held out")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from interop import torch_io
 from lora_jax.cli.main import COMMANDS, main
 
 from chat_rows import write_rows
@@ -143,11 +144,12 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
-def test_interrupt_keeps_what_was_learned(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs"]
-    words += ["1000000", "--max-length", "64", "--batch-size", "1"]
+    words += ["1000000", "--max-length", "64", "--batch-size", "1", "--save-every", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_jax.cli.main", *words],
         stdout=subprocess.PIPE,
@@ -157,29 +159,37 @@ def test_interrupt_keeps_what_was_learned(tmp_path):
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 2000):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "what was learned is kept" in printed
+    assert process.returncode == 128 + signum
+    assert f"--config {out}/config.yaml --out {out} --resume" in "".join(printed.split("\n"))
     updates = len(metrics.read_text().splitlines())
     assert 0 < updates < 1000
-    assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    [kept] = (out / "checkpoints").iterdir()
+    assert kept.name == f"step-{updates:08d}"
+    assert (kept / "adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
 def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs", "9"]
-    assert main([*words, "--learning-rate", "1e30", "--clip-norm", "1e30"]) == 2
-    assert "lower --learning-rate" in capsys.readouterr().err
+    words += ["--learning-rate", "1e30", "--clip-norm", "1e30", "--max-faults", "2"]
+    assert main(words) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lower --learning-rate" in printed
+    assert "batch 1) was left out: loss nan" in printed
     assert not (out / "adapter").exists()
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        assert np.isfinite(json.loads(line)["loss"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines[-2:]] == [None, None]
+    [kept] = (out / "checkpoints").iterdir()
+    adapter = torch_io.read(kept / "adapter" / "adapter_model.safetensors")
+    assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
 def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
-    assert main([*words, "--dtype", "bfloat16", "--max-new-tokens", "4"]) == 0
+    assert main([*words, "--precision", "bfloat16", "--max-new-tokens", "4"]) == 0
     assert main(["generate", str(out), "--prompts", "Hi", "--max-new-tokens", "4"]) == 0
     assert main(["merge", str(out), str(tmp_path / "merged")]) == 0
     assert "bfloat16 weights" in capsys.readouterr().out

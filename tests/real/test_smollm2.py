@@ -12,8 +12,8 @@ from lora_jax.cli.base import load_base, read_adapter
 from lora_jax.cli.datasets import pack, read
 from lora_jax.cli.main import main
 from lora_jax.cli.options import DataOptions
+from lora_jax.cli.preparing import adapted_loss, logits_of_batch
 from lora_jax.cli.terminal import open_console
-from lora_jax.cli.training import adapted_loss, logits_of_batch
 from lora_jax.data.batches import eval_batches
 
 pytestmark = pytest.mark.slow

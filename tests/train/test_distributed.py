@@ -114,6 +114,12 @@ def test_no_cluster_is_a_clear_error():
     assert "InputError: distributed: no cluster was found" in printed
 
 
+def test_a_coordinator_that_is_not_there_is_a_clear_error():
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(InputError, match=f"nobody answered at {address} within 0 s"):
+        initialize_distributed(address, num_processes=2, process_id=1, timeout=0)
+
+
 def test_joining_after_jax_has_started_is_a_clear_error():
     jax.devices()
     with pytest.raises(InputError, match="must be called before"):

@@ -111,6 +111,10 @@ def test_positions_that_are_predicted_stay_on_their_device(run):
     assert collectives(run("8x1").program) == {"all-reduce"}
 
 
+def test_fsdp_gathers_weights_and_moves_no_activations(run):
+    assert collectives(run("4x2").program) == {"all-gather", "all-reduce"}
+
+
 def test_evaluation_is_the_same_everywhere():
     losses = []
     for place in SMALL_PLACES.values():
@@ -129,6 +133,20 @@ def test_a_step_moves_nothing_and_compiles_once(place, caplog):
             state, _ = small.step(state, *small.inputs)
             counts.append(sum("Finished XLA compilation" in line for line in caplog.messages))
     assert counts == [1, 1, 1, 1]
+
+
+def test_a_script_with_its_own_pmap():
+    """State and base replicated along an axis of devices, as such scripts do it."""
+    small, tx = small_task(on_one_device), optax.sgd(0.1)
+    base, batch = small.inputs
+    expected, _ = small.step(small.state, base, batch)
+    replicated = jax.tree.map(lambda leaf: np.stack([leaf] * 8), (init_state(PAIR, tx), base))
+    step = jax.pmap(make_step(small.loss_fn, tx, axis_name="devices"), axis_name="devices")
+    state, metrics = step(*replicated, np.asarray(batch))
+    for found, right in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+        for device in range(8):
+            np.testing.assert_allclose(found[device], right, rtol=1e-5, atol=1e-5)
+    assert metrics.tokens.tolist() == [8 * 256] * 8
 
 
 class Small(NamedTuple):

@@ -1,0 +1,176 @@
+"""What happens between the updates of a run: logging, evaluation, checkpoints, giving up."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from lora_jax.cli import runs
+from lora_jax.cli.base import write_adapter
+from lora_jax.cli.history import History
+from lora_jax.cli.preparing import schedule_of
+from lora_jax.cli.progress import TrainingProgress
+from lora_jax.cli.run_log import Sink
+from lora_jax.cli.tasks import Judgement, Task
+from lora_jax.cli.train import Options
+from lora_jax.monitoring import movements
+from lora_jax.train.checkpoint import Saver
+from lora_jax.train.distributed import is_main
+from lora_jax.train.loop import StepReport
+from lora_jax.train.metrics import plot_loss
+from lora_jax.train.placement import Placement
+from lora_jax.train.step import TrainState
+
+
+class Run(NamedTuple):
+    """A run that is about to start or to go on."""
+
+    options: Options
+    task: Task
+    placement: Placement
+    params: Any
+    """The base, placed."""
+    state: TrainState
+    """Placed; the first update takes it."""
+    done: int
+    """Updates done before."""
+    history: History
+    judge: Callable[[Any, bool], Judgement]
+    """``judge(adapter, with_answers)``."""
+    console: Console
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole run."""
+        return self.task.rows.batches.steps
+
+
+class Watch:
+    """Looks at a run while it goes on; what it sees ends in the run's history and directory."""
+
+    def __init__(
+        self,
+        run: Run,
+        identity: Any,
+        position: Callable[[], Any],
+        saver: Saver,
+        log: Sink,
+        progress: TrainingProgress,
+        started: float,
+    ) -> None:
+        self._run, self._identity, self._position = run, identity, position
+        self._saver, self._log, self._progress = saver, log, progress
+        self._started = started
+        self._rate = schedule_of(run.options.optim, run.steps)
+        self._move = jax.jit(movements, static_argnums=2)
+        self._faults, self._saved = 0, run.done
+
+    def observe(self, report: StepReport) -> None:
+        """One update more."""
+        run, history = self._run, self._run.history
+        if len(history.losses) == run.done:
+            after = time.perf_counter() - self._started
+            run.console.print(f"first update after {after:.1f} s")
+        history.losses.append(_finite(report.loss))
+        learning_rate = float(self._rate(max(report.updates - 1, 0)))
+        self._write({
+            **{name: _finite(value) for name, value in report._asdict().items()},
+            "learning_rate": learning_rate,
+            "tokens_per_second": report.trained_tokens / report.seconds,
+            "positions_per_second": run.task.rows.batches.positions_per_step / report.seconds,
+        })  # fmt: skip
+        self._progress.show(report, learning_rate)
+        self._faults = report.faults
+        if report.faults:
+            run.console.print(_described(report, run), markup=False, soft_wrap=True)
+
+    def pauses(self, done: int) -> bool:
+        """Whether there is something to do after so many updates."""
+        often = self._run.options.run
+        return _is_due(often.eval_every, done) or _is_due(often.save_every, done)
+
+    def pause(self, done: int, state: TrainState) -> None:
+        """Evaluate and save, where it is time to."""
+        often = self._run.options.run
+        if _is_due(often.eval_every, done):
+            self._evaluate(done, state)
+        improved = often.keep_best and self._run.history.best == done
+        if _is_due(often.save_every, done) or improved:
+            self._save(done, state)
+
+    def gives_up(self) -> bool:
+        """Whether too many updates were not finite, or the held-out loss falls no more."""
+        often = self._run.options.run
+        patience = often.patience
+        return self._faults >= often.max_faults or bool(
+            patience and self._run.history.stale() >= patience
+        )
+
+    def keep_last(self, state: TrainState) -> None:
+        """Save the state after the last update, unless it is saved."""
+        done = len(self._run.history.losses)
+        if done > self._saved:
+            self._save(done, state)
+
+    def _evaluate(self, done: int, state: TrainState) -> None:
+        run = self._run
+        loss = run.judge(state.adapter, False).loss
+        moved = run.placement.fetch(self._move(run.params, state.adapter, run.task.plan))
+        if loss is not None:
+            run.history.heldout[done] = loss
+            run.console.print(f"update {done}/{run.steps} · held-out loss {loss:.3f}")
+        self._write({"step": done, "heldout_loss": loss, **_flat(moved)})
+        if is_main():
+            plot_loss(run.options.out / runs.LOSS_PLOT, run.history.losses, run.history.heldout)
+
+    def _save(self, done: int, state: TrainState) -> None:
+        run, self._saved = self._run, done
+        whole = run.placement.fetch(state)
+        if not is_main():
+            return
+        about = {
+            "identity": self._identity,
+            "batches": self._position(),
+            "history": run.history.as_json(),
+        }
+        spare = run.history.best if run.options.run.keep_best else None
+        write = partial(_write_adapter, run.task, whole.adapter)
+        self._saver.submit(done, whole, about, write, spare)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if is_main():
+            self._log(values)
+
+
+def _write_adapter(task: Task, adapter: Any, directory: Path) -> None:
+    write_adapter(directory / runs.ADAPTER, task.base, adapter, task.plan)
+
+
+def _is_due(every: int, done: int) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON has it: what is not finite is null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _flat(moved: Any) -> dict[str, float]:
+    return {
+        f"{name}/{path}": float(value)
+        for path, movement in moved.items()
+        for name, value in movement._asdict().items()
+    }
+
+
+def _described(report: StepReport, run: Run) -> str:
+    epoch, batch = divmod(report.step - 1, run.task.rows.batches.steps_per_epoch)
+    return (
+        f"update {report.step} (epoch {epoch + 1}, batch {batch + 1}) was left out: loss "
+        f"{report.loss}, gradient norm {report.grad_norm}; {report.faults} in a row"
+    )
