@@ -45,6 +45,7 @@ def prepare(options: Options, console: Console, stop: Stop) -> Task:
     if heldout is None and (options.run.eval_every or options.run.keep_best):
         raise InputError("eval_every and keep_best need rows to evaluate on: give --heldout")
 
+    schedule_of(options.optim, sequences.batches.steps)
     model_fn = logits_of_batch(replace(base.config, remat=options.model.remat))
     example = next(example_batches(*sequences))
     example = Batch(*(leaf[0] for leaf in example))

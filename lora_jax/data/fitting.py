@@ -64,6 +64,7 @@ def fit_rows(rows: Sequence[Encoded], max_length: int, truncate: Truncate = "err
 
 
 def refuse_long(rows: Sequence[Encoded], max_length: int) -> None:
+    """Raise one InputError that names rows longer than ``max_length`` and how long they are."""
     long = [row for row in rows if len(row.ids) > max_length]
     if long:
         shown = ", ".join(f"{row.place} ({len(row.ids)})" for row in long[:SHOWN_OFFENDERS])

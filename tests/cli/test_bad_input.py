@@ -72,9 +72,9 @@ CASES = {
     ),
     "directory of another run": ([], earlier_run, ["out already holds something", "new directory"]),
     "no permission to write": (["--out", "/proc/run"], None, ["can't write to /proc"]),
-    "rank of zero": (["--rank", "0"], None, ["at least 1, got 0"]),
+    "rank of zero": (["--rank", "0"], None, ["an integer of at least 1", "got 0"]),
     "rates out of range": (
-        ["--warmup", "10", "--clip-norm", "-1"], None, ["warmup is 10", "clip_norm is -1"]),
+        ["--warmup", "-1", "--clip-norm", "-1"], None, ["warmup is -1", "clip_norm is -1"]),
     "negative seed": (["--seed", "-1"], None, ["seed is -1"]),
     "target that PEFT can't hold": (
         ["--targets", "embed_tokens/.*"], None, ["'embed_tokens/embedding' is not the weight of"]),

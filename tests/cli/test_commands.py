@@ -19,7 +19,8 @@ from chat_rows import write_rows
 
 def test_run_directory_holds_what_a_person_looks_for(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"adapter", "config.yaml", "metrics.jsonl", "loss.png", "answers.json"}
+    files = {"config.yaml", "metrics.jsonl", "loss.png", "answers.json", ".lock"}
+    assert names == {"adapter", "checkpoints", *files}
     files = {path.name for path in (trained / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -203,4 +204,4 @@ def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
     words += ["--max-length", "64", "--truncate", "drop", "--epochs", "1", "--max-new-tokens", "2"]
     assert main(words) == 0
-    assert "1 rows left out, 0 cut at 64 tokens" in capsys.readouterr().out
+    assert "1 rows left out, 0 cut, 0 split at 64 tokens" in capsys.readouterr().out
