@@ -14,6 +14,7 @@ from lora_jax.data.batches import digest
 from lora_jax.errors import InputError
 from lora_jax.train import checkpoint
 from lora_jax.train.checkpoint import Checkpoint
+from lora_jax.train.distributed import is_main
 
 DECIDING = ("data", "lora", "optim", "model", "devices")
 """Groups of options that decide what is computed."""
@@ -43,7 +44,7 @@ def checkpoint_of(options: Options, now: Mapping[str, Any], console: Console) ->
       InputError: the checkpoint is damaged, or something that decides the run differs.
     """
     root = options.out / runs.CHECKPOINTS
-    for name in checkpoint.remove_unfinished(root):
+    for name in checkpoint.remove_unfinished(root) if is_main() else ():
         console.print(f"removed   {name}, which a killed run left unfinished")
     if not options.run.resume:
         return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_jax.cli.parsing import read_yaml
 from lora_jax.errors import InputError
+from lora_jax.files import LOCK
 
 ADAPTER, CONFIG, CHECKPOINTS, METRICS, LOSS_PLOT, ANSWERS = (
     "adapter",
@@ -35,7 +36,7 @@ def require_free(directory: Path) -> None:
     path = directory.absolute()
     parent = path
     try:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        if path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} - {LOCK}):
             raise InputError(f"{directory} already holds something: name a new directory")
         parent = next(each for each in (path, *path.parents) if each.exists())
         with tempfile.TemporaryFile(dir=parent) as probe:

@@ -32,8 +32,8 @@ class Stop:
 
     @property
     def status(self) -> int:
-        """The exit status that shells expect: 130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + (self.signum or 0)
+        """What shells expect: 130 after Ctrl-C; 143 after SIGTERM, also another process's."""
+        return 128 + (self.signum or signal.SIGTERM)
 
     def check(self) -> None:
         """Raise `Stopped` if a stop was asked for; called between the steps of a preparation."""

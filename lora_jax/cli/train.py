@@ -45,7 +45,8 @@ def run(options: Options) -> int:
     from lora_jax.cli.runs import require_free, require_run
     from lora_jax.cli.stopping import Stopped, stop_on_signals
 
-    (require_run if options.run.resume else require_free)(options.out)
+    if not options.devices.distributed:  # There the first process alone looks, once it knows.
+        (require_run if options.run.resume else require_free)(options.out)
     with stop_on_signals() as stop:
         from lora_jax.cli.training import train
 

@@ -33,7 +33,7 @@ from lora_jax.data.batches import Batch, eval_batches, train_batches
 from lora_jax.files import locked, write_text
 from lora_jax.train import checkpoint
 from lora_jax.train.checkpoint import Checkpoint, Saver
-from lora_jax.train.distributed import initialize_distributed, is_main
+from lora_jax.train.distributed import any_process, initialize_distributed, is_main
 from lora_jax.train.loop import fit, mean_loss
 from lora_jax.train.metrics import plot_loss
 from lora_jax.train.partition import stop_gradients
@@ -43,6 +43,9 @@ from lora_jax.train.step import TrainState, init_state, make_step
 
 FAULTY = 1
 
+AGREE_EVERY = 16
+"""Updates after which several processes ask each other whether to stop."""
+
 
 def train(options: Options, stop: Stop) -> int:
     """Run the whole of it; see `lora_jax.cli.train.run`."""
@@ -50,6 +53,8 @@ def train(options: Options, stop: Stop) -> int:
     devices = options.devices
     if devices.distributed:
         initialize_distributed(devices.coordinator, devices.num_processes, devices.process_id)
+    if is_main():
+        (runs.require_run if options.run.resume else runs.require_free)(options.out)
     console = open_console(quiet=not is_main())
     enable_compilation_cache()
     task = prepare(options, console, stop)
@@ -122,6 +127,13 @@ def _judge_of(
     return judge
 
 
+def _asked_to_stop(stop: Stop, done: int) -> bool:
+    """Whether a process was; several agree now and then, since all must end at one update."""
+    if jax.process_count() > 1 and done % AGREE_EVERY:
+        return False
+    return any_process(stop.requested())
+
+
 class _Batches(NamedTuple):
     """The batches of a run, placed, and where among them it is."""
 
@@ -172,7 +184,7 @@ def _train(
             done=run.done,
             pauses=watch.pauses,
             pause=watch.pause,
-            should_stop=lambda: stop.requested() or watch.gives_up(),
+            should_stop=lambda done: watch.gives_up() or _asked_to_stop(stop, done),
         )
         watch.keep_last(state)
     return state
@@ -183,7 +195,8 @@ def _finish(run: Run, state: TrainState, stop: Stop, started: float) -> int:
     options, history, console = run.options, run.history, run.console
     done = len(history.losses)
     faults = int(run.placement.fetch(state.faults))
-    stopped_early = done < run.steps and not stop.requested() and not faults
+    asked = any_process(stop.requested())
+    stopped_early = done < run.steps and not asked and not faults
     if done < run.steps and not stopped_early:
         why = (
             "too many updates in a row were not finite; lower --learning-rate"

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.errors import InputError
 
@@ -52,6 +53,15 @@ expected host:port
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"distributed: {_remedy(given)} ({error})") from error
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set in some process; all of them have to call it."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def is_main() -> bool:

@@ -41,7 +41,7 @@ def fit(
     done: int = 0,
     pauses: Callable[[int], bool] = lambda done: False,
     pause: Callable[[int, TrainState], None] = lambda done, state: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[int], bool] = lambda done: False,
 ) -> TrainState:
     """Run ``step`` over ``batches``.
 
@@ -58,7 +58,7 @@ def fit(
       pauses: whether to pause after so many updates.
       pause: called then with the updates done and the state, as to evaluate or to save; it must
         not keep the state, which the next update may donate.
-      should_stop: asked after each update; the loop ends when it says so.
+      should_stop: asked after each update with the updates done; the loop ends when it says so.
 
     Returns:
       The state after the last update.
@@ -72,7 +72,7 @@ def fit(
             last, pending = _report(pending, done, last, observe), None
             pause(done, state)
             last = time.perf_counter()
-        if should_stop():
+        if should_stop(done):
             break
     _report(pending, done, last, observe)
     return state

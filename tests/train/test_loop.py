@@ -44,7 +44,7 @@ def test_loop_stops_when_asked_and_reports_the_last_update():
     state = init_state(ADAPTER, tx)
     batches = [batch(3, [1, 1, 1])] * 9
     step = make_step(loss_fn, tx)
-    state = fit(step, state, BASE, batches, seen.append, should_stop=lambda: len(seen) == 2)
+    state = fit(step, state, BASE, batches, seen.append, should_stop=lambda done: len(seen) == 2)
     assert int(state.step) == len(seen) == 3
 
 
