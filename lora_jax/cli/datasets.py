@@ -91,13 +91,9 @@ def pack(
 def questions(rows: Rows, given: tuple[str, ...]) -> tuple[str, ...]:
     """The prompts given, or the first user turns of the held-out (else the training) rows.
 
-    Raises:
-      InputError: no prompt is given, and the rows are plain text.
+    There are none in plain text, and then nothing is asked.
     """
-    found = given or _first_questions(rows.heldout) or _first_questions(rows.train)
-    if not found:
-        raise InputError("no row has a question to answer before and after: pass --prompts")
-    return found
+    return given or _first_questions(rows.heldout) or _first_questions(rows.train)
 
 
 def _first_questions(rows: tuple[Row, ...]) -> tuple[str, ...]:

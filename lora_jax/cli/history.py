@@ -14,11 +14,13 @@ class History:
       before: the base, judged.
       losses: of each update; None where it was not finite.
       heldout: held-out loss by updates done.
+      seconds: of each update since this process started; not part of the record.
     """
 
     before: Judgement
     losses: list[float | None] = field(default_factory=list)
     heldout: dict[int, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list, compare=False)
 
     @property
     def best(self) -> int | None:

@@ -39,8 +39,8 @@ class DataOptions:
     truncate: Literal["error", "drop", "end", "split"] = "error"
     """Rows longer than max-length: refuse the file, leave them out, cut their end off, or split
     plain text."""
-    packing: Literal["packed", "padded"] = "packed"
-    """Several rows in a sequence, side by side, or one; the loss is the same."""
+    packing: Literal["packed", "buckets", "padded"] = "packed"
+    """Several rows in a sequence; one, in sequences of a few lengths; one, all of one length."""
     assistant_turns: Literal["all", "last"] = "all"
     """Turns of a conversation that are learnt; of text it is every token."""
     ignore_fields: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ from lora_jax.train.partition import stop_gradients
 from lora_jax.train.placement import Placement
 from lora_jax.train.precision import precision
 from lora_jax.train.step import TrainState, init_state, make_step
+from lora_jax.train.utilisation import peak_flops, peak_memory
 
 FAULTY = 1
 
@@ -115,7 +116,7 @@ def _judge_of(
 
     def judge(adapter: Any, with_answers: bool) -> Judgement:
         said = []
-        if with_answers and jax.process_count() == 1:
+        if with_answers and task.questions and jax.process_count() == 1:
             said = answers(task.base, model, (params, adapter), task.questions, max_new_tokens)
         if task.heldout is None:
             return Judgement(said, None)
@@ -222,8 +223,22 @@ def _finish(run: Run, state: TrainState, stop: Stop, started: float) -> int:
         console.print(f"stopped   after {done} of {run.steps} updates: no lower held-out loss")
     if chosen != done:
         console.print(f"chosen    the adapter of update {chosen}, of the lowest held-out loss")
+    console.print(_resources(run))
     console.print(f"took      {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _resources(run: Run) -> str:
+    """What the run used of the machine."""
+    per_update, peak = run.update_flops, peak_flops(jax.devices())
+    seconds = run.typical_seconds()
+    share = f", {per_update / seconds / peak:.1%} of the devices' peak" if peak and seconds else ""
+    speed = f", {per_update / seconds / 1e12:.3f} TFLOP/s{share}" if seconds else ""
+    padding = run.task.rows.batches.padding_share
+    return (
+        f"used      {peak_memory() / 1e6:,.0f} MB at most; {per_update / 1e9:,.1f} GFLOP an update "
+        f"by (4 N + 6 P) a position{speed}; {padding:.0%} of positions were padding"
+    )
 
 
 def _chosen(run: Run, state: TrainState, done: int) -> tuple[TrainState, int]:

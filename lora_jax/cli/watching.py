@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from lora_jax.train.loop import StepReport
 from lora_jax.train.metrics import plot_loss
 from lora_jax.train.placement import Placement
 from lora_jax.train.step import TrainState
+from lora_jax.train.utilisation import update_flops
 
 
 class Run(NamedTuple):
@@ -48,6 +50,19 @@ class Run(NamedTuple):
     def steps(self) -> int:
         """Updates in the whole run."""
         return self.task.rows.batches.steps
+
+    def typical_seconds(self) -> float | None:
+        """The median time of an update, without the first, which compiles; None if there is none."""
+        times = self.history.seconds[1:]
+        return median(times) if times else None
+
+    @property
+    def update_flops(self) -> float:
+        """Of one update, by theory; embedding tables and padding predictions aside."""
+        plan, config = self.task.plan, self.task.base.config
+        products = plan.base_parameters - config.vocab_size * config.hidden_size
+        positions = self.task.rows.batches.positions_per_step
+        return update_flops(products, plan.trainable, positions)
 
 
 class Watch:
@@ -77,12 +92,14 @@ class Watch:
             after = time.perf_counter() - self._started
             run.console.print(f"first update after {after:.1f} s")
         history.losses.append(_finite(report.loss))
+        history.seconds.append(report.seconds)
         learning_rate = float(self._rate(max(report.updates - 1, 0)))
         self._write({
             **{name: _finite(value) for name, value in report._asdict().items()},
             "learning_rate": learning_rate,
             "tokens_per_second": report.trained_tokens / report.seconds,
             "positions_per_second": run.task.rows.batches.positions_per_step / report.seconds,
+            "flops_per_second": run.update_flops / report.seconds,
         })  # fmt: skip
         self._progress.show(report, learning_rate)
         self._faults = report.faults

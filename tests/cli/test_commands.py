@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,3 +206,56 @@ def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     words += ["--max-length", "64", "--truncate", "drop", "--epochs", "1", "--max-new-tokens", "2"]
     assert main(words) == 0
     assert "1 rows left out, 0 cut, 0 split at 64 tokens" in capsys.readouterr().out
+
+
+def test_plain_text_in_buckets_trains_without_a_question(tmp_path, capsys):
+    data = tmp_path / "text.jsonl"
+    texts = ["Plain text.", "A longer line of plain text that needs a longer sequence.", "Short."]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["train", "--model", "tiny", "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main([*words, "--packing", "buckets", "--batch-size", "1", "--epochs", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "GFLOP an update" in printed
+    assert "┃ prompt" not in printed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl")
+    out = tmp_path / "run"
+    words = ["train", "--model", "tiny", "--data", str(data), "--heldout", str(data), "--out"]
+    words += [str(out), "--epochs", "8", "--eval-every", "2", "--keep-best", "--log-to"]
+    assert main([*words, "tensorboard", "--max-new-tokens", "2"]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    evaluated = [line for line in lines if "heldout_loss" in line]
+    assert [line["step"] for line in evaluated][:2] == [2, 4]
+    norms = [line["delta_norm/layers/mlp/up_proj/kernel"] for line in evaluated]
+    assert 0 < norms[0] < norms[-1]
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_two_processes_write_one_run_and_learn_the_same(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl", [(f"What is {i}?", f"It is {i}.") for i in range(8)])
+    fixed = ["train", "--model", "tiny", "--data", str(data), "--batch-size", "1", "--epochs", "2"]
+    fixed += ["--max-length", "64", "--max-new-tokens", "2"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main([*fixed, "--out", str(alone), "--accumulate", "4"]) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    cluster = ["--placement", "mesh", "--mesh-fsdp", "2", "--distributed", "--coordinator", address]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "lora_jax.cli.main", *fixed, "--out", str(together), *cluster]
+    processes = [
+        subprocess.Popen(
+            [*command, "--num-processes", "2", "--process-id", str(number)], env=environment
+        )
+        for number in range(2)
+    ]
+    assert [process.wait(240) for process in processes] == [0, 0]
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+        for out in (alone, together)
+    ]
+    np.testing.assert_allclose(*losses, atol=1e-5)
