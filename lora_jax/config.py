@@ -220,6 +220,8 @@ def _rule_problems(rule: Rule) -> Iterable[str]:
     if not _is_number(dropout := rule.dropout) or dropout is None or not 0 <= dropout < 1:
         yield f"dropout of {name} must be at least 0 and below 1, got {rule.dropout!r}"
     std = rule.init_std
+    if std is not None and rule.init != "gaussian":
+        yield f"init_std of {name} is {std!r}, but init is {rule.init!r}: only gaussian has one"
     if std is not None and not (_is_number(std) and 0 < std < math.inf):
         yield f"init_std of {name} must be positive and finite, got {std!r}"
 

@@ -109,6 +109,8 @@ class RunOptions:
 
     eval_every: int = 0
     """Updates between evaluations on the held-out rows; 0 for start and end alone."""
+    sample_every: int = 0
+    """Updates between answers to the prompts on the way, in samples.jsonl; 0 for never."""
     save_every: int = 50
     """Updates between checkpoints; 0 for one at the end or when the run is stopped."""
     keep: int = 2
@@ -163,6 +165,7 @@ _RANGES = {
     "seed": (0, 2**32 - 1),
     "b_ratio": (0.0, math.inf),
     "eval_every": (0, math.inf),
+    "sample_every": (0, math.inf),
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
     "patience": (0, math.inf),

@@ -49,14 +49,34 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config file {path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"config file {path} is nested too deeply") from error
     if not isinstance(content, Mapping):
         raise InputError(f"config file {path} must hold 'group: {{option: value}}' mappings")
     return content
+
+
+def _strict_loader() -> Any:
+    """PyYAML's safe loader, to which a key that stands twice is an error and not the last one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(
+                    f"{', '.join(twice)} stands twice in the mapping at line {line}"
+                )
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _plain(value: Any) -> Any:
@@ -100,10 +120,13 @@ def _flags(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        yield from _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+        group = isinstance(value, Mapping) and value
+        yield from _leaves(value, f"{name}.") if group else [(name, value)]
 
 
 def _words(flag: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        raise InputError(f"config file: {flag} is an empty mapping: give it a value, or drop it")
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     values = [str(each) for each in (value if isinstance(value, list) else [value])]

@@ -4,6 +4,7 @@ adapter/         a PEFT directory: adapter_config.json, adapter_model.safetensor
 config.yaml      every option as it was resolved; lora-jax train --config reads it back
 checkpoints/     what --resume goes on from
 metrics.jsonl    one line an update, and one an evaluation
+samples.jsonl    answers on the way, with --sample-every
 loss.png         the loss over the run
 answers.json     the prompts, answered before and after
 """
@@ -17,11 +18,12 @@ from lora_jax.cli.parsing import read_yaml
 from lora_jax.errors import InputError
 from lora_jax.files import LOCK
 
-ADAPTER, CONFIG, CHECKPOINTS, METRICS, LOSS_PLOT, ANSWERS = (
+ADAPTER, CONFIG, CHECKPOINTS, METRICS, SAMPLES, LOSS_PLOT, ANSWERS = (
     "adapter",
     "config.yaml",
     "checkpoints",
     "metrics.jsonl",
+    "samples.jsonl",
     "loss.png",
     "answers.json",
 )

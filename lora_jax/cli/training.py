@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from lora_jax.cli.answers import answers
 from lora_jax.cli.base import adapted_language_model, write_adapter
 from lora_jax.cli.baseline import judge_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
-from lora_jax.cli.history import History
+from lora_jax.cli.history import History, finite
 from lora_jax.cli.parsing import as_yaml
 from lora_jax.cli.preparing import optimizer_of, placement_of, prepare
 from lora_jax.cli.progress import TrainingProgress
@@ -28,14 +29,14 @@ from lora_jax.cli.stopping import Stop
 from lora_jax.cli.tasks import Example, Judgement, Task
 from lora_jax.cli.terminal import open_console
 from lora_jax.cli.train import Options
-from lora_jax.cli.watching import Run, Watch
+from lora_jax.cli.watching import Run, Watch, draw_loss
 from lora_jax.data.batches import Batch, eval_batches, train_batches
+from lora_jax.errors import InputError
 from lora_jax.files import locked, write_text
 from lora_jax.train import checkpoint
 from lora_jax.train.checkpoint import Checkpoint, Saver
 from lora_jax.train.distributed import any_process, initialize_distributed, is_main
 from lora_jax.train.loop import fit, mean_loss
-from lora_jax.train.metrics import plot_loss
 from lora_jax.train.partition import stop_gradients
 from lora_jax.train.placement import Placement
 from lora_jax.train.precision import precision
@@ -54,22 +55,29 @@ def train(options: Options, stop: Stop) -> int:
     devices = options.devices
     if devices.distributed:
         initialize_distributed(devices.coordinator, devices.num_processes, devices.process_id)
-    if is_main():
-        (runs.require_run if options.run.resume else runs.require_free)(options.out)
+    _require_usable(options)
     console = open_console(quiet=not is_main())
     enable_compilation_cache()
     task = prepare(options, console, stop)
     with locked(options.out) if is_main() else contextlib.nullcontext():
+        _require_usable(options)  # Another run may have come and gone meanwhile.
         now = identity(options, task)
         found = checkpoint_of(options, now, console)
         run = _begin(options, task, found, console, stop)
         if is_main():
-            write_text(options.out / runs.CONFIG, as_yaml(options))
-            keep_up_to(options.out / runs.METRICS, run.done)
+            fresh = replace(options, run=replace(options.run, resume=False, force=False))
+            write_text(options.out / runs.CONFIG, as_yaml(fresh))
+            for name in (runs.METRICS, runs.SAMPLES):
+                keep_up_to(options.out / name, run.done)
         batches = _batches(run, found)
         with sinks(options.out, options.run.log_to if is_main() else ()) as log:
             state = _train(run, now, batches, log, stop, started)
         return _finish(run, state, stop, started)
+
+
+def _require_usable(options: Options) -> None:
+    if is_main():
+        (runs.require_run if options.run.resume else runs.require_free)(options.out)
 
 
 def _begin(
@@ -85,7 +93,7 @@ def _begin(
         state, done = placement.put_state(state), 0
         with console.status("answering and evaluating before training"):
             before = _judge_base(task, judge, state.adapter, options, console)
-        heldout = {} if before.loss is None else {0: before.loss}
+        heldout = {} if before.loss is None else {0: finite(before.loss)}
         history = History(before, heldout=heldout)
     else:
         state, done = placement.put_state(checkpoint.restore(found, state)), found.step
@@ -146,9 +154,18 @@ def _batches(run: Run, found: Checkpoint | None) -> _Batches:
     own = run.placement.own(np.arange(run.task.rows.batches.accumulate or 1))
     source = train_batches(*run.task.rows, seed=run.options.data.seed, own=own)
     if found is not None:
-        source.set_state(found.progress["batches"])
+        _set_position(source, found)
     examples = map(partial(_example, run.options, own), enumerate(source, run.done))
     return _Batches(map(run.placement.put_batch, examples), source.get_state)
+
+
+def _set_position(source: Any, found: Checkpoint) -> None:
+    position = found.progress["batches"]
+    try:
+        source.set_state(position)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        path = found.directory / checkpoint.PROGRESS
+        raise InputError(f"{path} has batches={position}, which is no position") from error
 
 
 def _example(options: Options, own: np.ndarray, numbered: tuple[int, Batch]) -> Example:
@@ -195,18 +212,17 @@ def _finish(run: Run, state: TrainState, stop: Stop, started: float) -> int:
     """Write and print what came of it; the exit status."""
     options, history, console = run.options, run.history, run.console
     done = len(history.losses)
-    faults = int(run.placement.fetch(state.faults))
     asked = any_process(stop.requested())
-    stopped_early = done < run.steps and not asked and not faults
+    stopped_early = done < run.steps and not asked and not history.gave_up
     if done < run.steps and not stopped_early:
         why = (
             "too many updates in a row were not finite; lower --learning-rate"
-            if faults
+            if history.gave_up
             else ("on request")
         )
         console.print(f"stopped   after {done} of {run.steps} updates, {why}", soft_wrap=True)
         console.print(f"resume    {resume_hint(options)}", soft_wrap=True)
-        return FAULTY if faults else stop.status
+        return FAULTY if history.gave_up else stop.status
     state, chosen = _chosen(run, state, done)
     adapter = run.placement.fetch(state.adapter)
     if is_main():
@@ -214,7 +230,7 @@ def _finish(run: Run, state: TrainState, stop: Stop, started: float) -> int:
     with console.status("answering and evaluating after training"):
         after = run.judge(state.adapter, True)
     if after.loss is not None:
-        history.heldout[chosen] = after.loss
+        history.heldout[chosen] = finite(after.loss)
     if is_main():
         _write_judgements(run, after)
         print_judgements(console, run.task.questions, history.before, after)
@@ -253,10 +269,10 @@ def _chosen(run: Run, state: TrainState, done: int) -> tuple[TrainState, int]:
 def _write_judgements(run: Run, after: Judgement) -> None:
     """The loss curve, and the answers before and after."""
     out, history = run.options.out, run.history
-    plot_loss(out / runs.LOSS_PLOT, history.losses, history.heldout)
+    draw_loss(out, history)
     content = {
-        "before": history.before._asdict(),
-        "after": after._asdict(),
+        "before": {**history.before._asdict(), "loss": finite(history.before.loss)},
+        "after": {**after._asdict(), "loss": finite(after.loss)},
         "updates": len(history.losses),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)

@@ -18,7 +18,8 @@ class Options:
     model: str | None = None
     """Base model, if not the one the run was trained on."""
     prompts: tuple[str, ...] = ()
-    """Questions to answer on both sides; by default those of the run and a few everyday ones."""
+    """Questions to answer on both sides; by default those of the run and a few everyday ones.
+    A pass takes at least 5 of them and 256 compared positions."""
     max_new_tokens: int = 64
     """Greedy tokens compared for each prompt."""
     max_logit_difference: float = 1e-3

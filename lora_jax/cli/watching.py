@@ -1,6 +1,5 @@
 """What happens between the updates of a run: logging, evaluation, checkpoints, giving up."""
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +12,18 @@ from rich.console import Console
 
 from lora_jax.cli import runs
 from lora_jax.cli.base import write_adapter
-from lora_jax.cli.history import History
+from lora_jax.cli.history import History, finite
 from lora_jax.cli.preparing import schedule_of
 from lora_jax.cli.progress import TrainingProgress
 from lora_jax.cli.run_log import Sink
 from lora_jax.cli.tasks import Judgement, Task
 from lora_jax.cli.train import Options
+from lora_jax.errors import InputError
 from lora_jax.monitoring import movements
 from lora_jax.train.checkpoint import Saver
 from lora_jax.train.distributed import is_main
 from lora_jax.train.loop import StepReport
-from lora_jax.train.metrics import plot_loss
+from lora_jax.train.metrics import append_metrics, plot_loss
 from lora_jax.train.placement import Placement
 from lora_jax.train.step import TrainState
 from lora_jax.train.utilisation import update_flops
@@ -52,7 +52,7 @@ class Run(NamedTuple):
         return self.task.rows.batches.steps
 
     def typical_seconds(self) -> float | None:
-        """The median time of an update, without the first, which compiles; None if there is none."""
+        """The median time of an update; None where there is none but the first, which compiles."""
         times = self.history.seconds[1:]
         return median(times) if times else None
 
@@ -83,7 +83,7 @@ class Watch:
         self._started = started
         self._rate = schedule_of(run.options.optim, run.steps)
         self._move = jax.jit(movements, static_argnums=2)
-        self._faults, self._saved = 0, run.done
+        self._saved = run.done
 
     def observe(self, report: StepReport) -> None:
         """One update more."""
@@ -91,42 +91,42 @@ class Watch:
         if len(history.losses) == run.done:
             after = time.perf_counter() - self._started
             run.console.print(f"first update after {after:.1f} s")
-        history.losses.append(_finite(report.loss))
+        history.losses.append(finite(report.loss))
         history.seconds.append(report.seconds)
         learning_rate = float(self._rate(max(report.updates - 1, 0)))
         self._write({
-            **{name: _finite(value) for name, value in report._asdict().items()},
+            **{name: finite(value) for name, value in report._asdict().items()},
             "learning_rate": learning_rate,
             "tokens_per_second": report.trained_tokens / report.seconds,
             "positions_per_second": run.task.rows.batches.positions_per_step / report.seconds,
             "flops_per_second": run.update_flops / report.seconds,
         })  # fmt: skip
         self._progress.show(report, learning_rate)
-        self._faults = report.faults
+        history.gave_up |= report.faults >= run.options.run.max_faults
         if report.faults:
             run.console.print(_described(report, run), markup=False, soft_wrap=True)
 
     def pauses(self, done: int) -> bool:
         """Whether there is something to do after so many updates."""
         often = self._run.options.run
-        return _is_due(often.eval_every, done) or _is_due(often.save_every, done)
+        periods = often.eval_every, often.sample_every, often.save_every
+        return any(_is_due(period, done) for period in periods)
 
     def pause(self, done: int, state: TrainState) -> None:
-        """Evaluate and save, where it is time to."""
+        """Evaluate, sample and save, where it is time to."""
         often = self._run.options.run
         if _is_due(often.eval_every, done):
             self._evaluate(done, state)
+        if _is_due(often.sample_every, done):
+            self._sample(done, state)
         improved = often.keep_best and self._run.history.best == done
         if _is_due(often.save_every, done) or improved:
             self._save(done, state)
 
     def gives_up(self) -> bool:
         """Whether too many updates were not finite, or the held-out loss falls no more."""
-        often = self._run.options.run
-        patience = often.patience
-        return self._faults >= often.max_faults or bool(
-            patience and self._run.history.stale() >= patience
-        )
+        patience, history = self._run.options.run.patience, self._run.history
+        return history.gave_up or bool(patience and history.stale() >= patience)
 
     def keep_last(self, state: TrainState) -> None:
         """Save the state after the last update, unless it is saved."""
@@ -139,11 +139,20 @@ class Watch:
         loss = run.judge(state.adapter, False).loss
         moved = run.placement.fetch(self._move(run.params, state.adapter, run.task.plan))
         if loss is not None:
-            run.history.heldout[done] = loss
+            run.history.heldout[done] = finite(loss)
             run.console.print(f"update {done}/{run.steps} · held-out loss {loss:.3f}")
-        self._write({"step": done, "heldout_loss": loss, **_flat(moved)})
+        self._write({"step": done, "heldout_loss": finite(loss), **_flat(moved)})
         if is_main():
-            plot_loss(run.options.out / runs.LOSS_PLOT, run.history.losses, run.history.heldout)
+            draw_loss(run.options.out, run.history)
+
+    def _sample(self, done: int, state: TrainState) -> None:
+        run = self._run
+        said = run.judge(state.adapter, True).answers
+        if is_main():
+            for prompt, answer in zip(run.task.questions, said, strict=False):
+                append_metrics(
+                    run.options.out / runs.SAMPLES, step=done, prompt=prompt, answer=answer
+                )
 
     def _save(self, done: int, state: TrainState) -> None:
         run, self._saved = self._run, done
@@ -164,6 +173,15 @@ class Watch:
             self._log(values)
 
 
+def draw_loss(out: Path, history: History) -> None:
+    """The loss curve as it is now, in the run's directory."""
+    path = out / runs.LOSS_PLOT
+    try:
+        plot_loss(path, history.losses, history.finite_heldout)
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror or error}") from error
+
+
 def _write_adapter(task: Task, adapter: Any, directory: Path) -> None:
     write_adapter(directory / runs.ADAPTER, task.base, adapter, task.plan)
 
@@ -172,14 +190,9 @@ def _is_due(every: int, done: int) -> bool:
     return bool(every) and done % every == 0
 
 
-def _finite(value: Any) -> Any:
-    """The value as JSON has it: what is not finite is null."""
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def _flat(moved: Any) -> dict[str, float]:
+def _flat(moved: Any) -> dict[str, float | None]:
     return {
-        f"{name}/{path}": float(value)
+        f"{name}/{path}": finite(float(value))
         for path, movement in moved.items()
         for name, value in movement._asdict().items()
     }

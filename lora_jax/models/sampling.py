@@ -69,6 +69,9 @@ def sampling_problems(
         f"temperature={temperature} is not a finite number from 0 up": not finite,
         f"top_k={top_k} is negative: pass 0 to keep all tokens": top_k < 0,
         f"top_p={top_p} is not in (0, 1]: pass 1.0 to keep all tokens": not 0 < top_p <= 1,
+        f"top_k={top_k} and top_p={top_p} choose among draws: pass a temperature above 0": (
+            temperature == 0 and (top_k > 0 or top_p < 1)
+        ),
         f"temperature={temperature} draws at random: pass key=jax.random.key(seed)": (
             temperature > 0 and key is None
         ),

@@ -38,6 +38,10 @@ def lines(*texts):
     return lambda folder: (folder / "rows.jsonl").write_text("\n".join(texts) + "\n")
 
 
+def config_of(text):
+    return lambda folder: (folder / "config.yaml").write_text(text)
+
+
 def long_rows(folder):
     write_rows(folder / "rows.jsonl", [("Hi", "Hello"), ("Hi", "word " * 60)])
 
@@ -70,6 +74,18 @@ CASES = {
     "unknown config key": (
         ["--config", "config.yaml"], config_with_typo, ["lora.rnak", "lora.rank"],
     ),
+    "a config key that stands twice": (
+        ["--config", "config.yaml"], config_of("lora:\n  rank: 2\n  rank: 3\n"),
+        ["rank stands twice", "line 2"],
+    ),
+    "a config nested too deeply": (
+        ["--config", "config.yaml"], config_of("[" * 9999), ["config.yaml"]),
+    "a config key without a value": (
+        ["--config", "config.yaml"], config_of("lora:\n  rank: {}\n"), ["--rank is an empty"]),
+    "a spread for another initialiser": (["--init-std", "0.1"], None, ["only gaussian has one"]),
+    "a rule of another kind of schedule": (
+        ["--schedule", "minimind"], None, ["'minimind' has no warm-up"]),
+    "evaluation without rows for it": (["--eval-every", "2"], None, ["give --heldout"]),
     "directory of another run": ([], earlier_run, ["out already holds something", "new directory"]),
     "no permission to write": (["--out", "/proc/run"], None, ["can't write to /proc"]),
     "rank of zero": (["--rank", "0"], None, ["an integer of at least 1", "got 0"]),

@@ -225,7 +225,8 @@ def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--heldout", str(data), "--out"]
-    words += [str(out), "--epochs", "8", "--eval-every", "2", "--keep-best", "--log-to"]
+    words += [str(out), "--epochs", "8", "--eval-every", "2", "--keep-best", "--sample-every", "4"]
+    words += ["--log-to"]
     assert main([*words, "tensorboard", "--max-new-tokens", "2"]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     evaluated = [line for line in lines if "heldout_loss" in line]
@@ -233,6 +234,9 @@ def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
     norms = [line["delta_norm/layers/mlp/up_proj/kernel"] for line in evaluated]
     assert 0 < norms[0] < norms[-1]
     assert list((out / "tensorboard").iterdir())
+    samples = [json.loads(line) for line in (out / "samples.jsonl").open()]
+    assert {sample["step"] for sample in samples} == {4, 8}
+    assert "Who are you?" in {sample["prompt"] for sample in samples}
 
 
 def test_two_processes_write_one_run_and_learn_the_same(tmp_path):
