@@ -106,6 +106,20 @@ def split(walk, eqn, weight):
     return pieces
 
 
+def unstack(walk, eqn, weight):
+    """Each entry along one axis, without that axis."""
+    axis = eqn.params["axis"]
+    label, rest = weight.labels[axis], _kept(weight.axes, {axis})
+
+    def entry(number: int) -> Weight:
+        cut = partial(lax.slice_in_dim, start_index=number, limit_index=number + 1)
+        cut_out = _mapped_along(weight, label, lambda array, at: cut(array, axis=at))
+        return _drop_units(cut_out, {axis})
+
+    values = walk.bind(eqn, weight.value)
+    return [entry(number).viewed(value, rest) for number, value in enumerate(values)]
+
+
 def reverse(walk, eqn, weight):
     """Reverse axes of the view, and of the factors that carry them."""
     [value] = walk.bind(eqn, weight.value)
@@ -152,6 +166,7 @@ VIEWS = {
     "reshape": reshape,
     "broadcast_in_dim": broadcast_in_dim,
     "split": split,
+    "unstack": unstack,
     "rev": reverse,
     "neg": negate,
     "mul": multiply,

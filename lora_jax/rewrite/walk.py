@@ -18,7 +18,10 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, path_key
 from lora_jax.rewrite.control import CONTROL
-from lora_jax.rewrite.products import PRODUCTS, Meeting
+from lora_jax.rewrite.convolutions import CONVOLUTIONS
+from lora_jax.rewrite.dots import DOTS
+from lora_jax.rewrite.gathers import GATHERS
+from lora_jax.rewrite.products import Meeting
 from lora_jax.rewrite.sharding import SHARDING, varying
 from lora_jax.rewrite.source import as_from, where
 from lora_jax.rewrite.stacking import STACKING
@@ -28,7 +31,9 @@ from lora_jax.rewrite.weight import NotLowRank, RolesContradict, Weight, effecti
 RULES: dict[str, Callable[..., Sequence[Any]]] = {
     **VIEWS,
     **STACKING,
-    **PRODUCTS,
+    **DOTS,
+    **CONVOLUTIONS,
+    **GATHERS,
     **CONTROL,
     **SHARDING,
 }

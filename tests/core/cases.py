@@ -60,6 +60,12 @@ def _indexed_layers(params, x):
     return x
 
 
+def _iterated_layers(params, x):
+    for kernel in params["w"]:
+        x = jnp.tanh(x @ kernel)
+    return x
+
+
 def _while(params, x):
     def more(state):
         return state[0] < 3
@@ -230,6 +236,7 @@ CASES = [
     Case("scan_of_branches", _in_branch_of_scan, {"w": (3, 4, 4)}, (2, 4), {"w": "stack out in"}),
     Case("fori_index", _fori_dynamic_index, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
     Case("indexed_layers", _indexed_layers, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
+    Case("iterated_layers", _iterated_layers, {"w": (3, 4, 4)}, (2, 4), {"w": "stack in out"}),
     Case("while", _while, {"w": (4, 4)}, (2, 4), {"w": "in out"}, lacks=("grad",)),
     Case("cond", _cond, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("switch", _switch, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
@@ -276,7 +283,7 @@ CASES = [
     Case("fortran_order", _fortran_order, {"w": (4, 4)}, (2, 4), {"w": "in out"}, ("w",)),
     Case("fortran_square", _fortran_square, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
     Case("one_batched_expert", _one_batched_expert, {"w": (1, 3, 4)}, (2, 4), {"w": "stack in out"},
-         ("w",), axes=(("w", "stack in out"),)),
+         axes=(("w", "stack in out"),)),
     Case("one_head", _one_head, {"w": (4, 6)}, (2, 4), {"w": "in out"}),
     Case("shared_jit", _shared_jit, {"w": (4, 4)}, (2, 4), {"w": "in out"}),
 ]  # fmt: skip

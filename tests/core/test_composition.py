@@ -20,6 +20,8 @@ from lora_jax.models.presets import TINY
 
 import cases
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEVICES = 8
 CASES = {case.name: case for case in cases.CASES}
 NAMES = [
@@ -53,15 +55,6 @@ class Subject(NamedTuple):
             largest = float(jnp.abs(theirs).max())
             assert largest > 0, "nothing to compare"
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=factor * self.tolerance * largest)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling is most of the time here, and the programs are tiny."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(params=NAMES)

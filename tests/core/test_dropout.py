@@ -8,6 +8,8 @@ from jax import lax
 
 import lora_jax as lora
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(7)
 RATE = 0.25
 ONES = jnp.ones((50, 40))

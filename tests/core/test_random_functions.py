@@ -23,14 +23,7 @@ import lora_jax as lora
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 st = pytest.importorskip("hypothesis.strategies")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling is most of the time here, and the programs are tiny."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Axis(NamedTuple):
@@ -52,8 +45,6 @@ class Model(NamedTuple):
     """It rounds the weight to float32: its data must be small integers, and nothing curved."""
     branches: bool = False
     """It branches on the activation: of that vmap makes a selection between whole weights."""
-    indexes: bool = False
-    """It takes an entry by a computed number: of that vmap over the weight makes a gather."""
     opaque: bool = False
     """It does something to the weight that has no low-rank form."""
 
@@ -154,8 +145,7 @@ def picked(draw, model: Model) -> Model:
             return lax.dynamic_index_in_dim(w, jnp.abs(jnp.int32(-index)), k, keepdims=False)
         return lax.index_in_dim(w, index, k, keepdims=False)
 
-    name = f"pick{k}[{index}]{computed}"
-    return model.behind(name, view, before, indexes=computed or model.indexes)
+    return model.behind(f"pick{k}[{index}]{computed}", view, before)
 
 
 def same(draw, model: Model) -> Model:
@@ -219,15 +209,16 @@ def looped(draw, model: Model) -> Model:
     def wrap(call):
         return lambda w, x: lax.map(lambda i: call(w[i], x), jnp.arange(length))
 
-    return model.inside("loop", wrap, weights=length, indexes=True)
+    return model.inside("loop", wrap, weights=length)
 
 
 def unrolled(draw, model: Model) -> Model:
     def wrap(call):
-        return lambda w, x: sum(call(w[i], x) for i in range(length))
+        by_number = lambda w, x: sum(call(w[i], x) for i in range(length))  # noqa: E731
+        return (lambda w, x: sum(call(each, x) for each in w)) if iterates else by_number
 
-    length = draw(st.integers(1, 3))
-    return model.inside("unroll", wrap, weights=length)
+    length, iterates = draw(st.integers(1, 3)), draw(st.booleans())
+    return model.inside(f"unroll{iterates}", wrap, weights=length)
 
 
 def mapped_tokens(draw, model: Model) -> Model:
@@ -236,13 +227,27 @@ def mapped_tokens(draw, model: Model) -> Model:
 
 
 def mapped_experts(draw, model: Model) -> Model:
-    hidden = model.opaque or model.branches or model.indexes
+    hidden = model.opaque or model.branches
     return model.inside("vmap", jax.vmap, weights=2, xs=2, opaque=hidden)
+
+
+def picking_tokens(draw, model: Model) -> Model:
+    """Each row of the activation takes an entry of its own from the stack."""
+    size = draw(st.integers(1, 3))
+    numbers = jnp.array(draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=2)))
+
+    def wrap(call):
+        row = lambda w, i, x: call(w[i], x)  # noqa: E731
+        return lambda w, x: jax.vmap(row, in_axes=(None, 0, 0))(w, numbers, x)
+
+    hidden = model.opaque or model.branches
+    return model.inside(f"pick_tokens{size}", wrap, weights=size, xs=2, opaque=hidden)
 
 
 STEPS = [
     transposed, split, joined, sliced, picked, same, rounded, opaque, jitted, rematerialised,
     branched, scanned_layers, scanned_tokens, looped, unrolled, mapped_tokens, mapped_experts,
+    picking_tokens,
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Nothing of ours is deprecated: every way through the library with warnings as errors."""
 
+import os
 import re
 import subprocess
 import sys
@@ -72,7 +73,8 @@ print("done")
 
 def run(program, *flags):
     command = [sys.executable, *flags, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    quickly = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=quickly)
 
 
 def test_every_way_through_the_library_with_warnings_as_errors():
@@ -90,5 +92,5 @@ def test_a_warning_would_fail():
 def test_no_file_mentions_jaxs_private_names():
     files = [path for package in ("lora_jax", "interop") for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 20
-    private = re.compile(r"\bjax(lib)?\._")
+    private = re.compile(r"\bjax(lib)?\._[a-z]")
     assert [path for path in files if private.search(path.read_text())] == []

@@ -19,6 +19,8 @@ from lora_jax.models.attention import attention_context
 from lora_jax.models.decoder import Block, init_params
 from lora_jax.models.presets import TINY
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 X = np.random.default_rng(1).normal(size=(5, 4))
 RANK, ALPHA = 2, 3.0
 TOKENS = 7
