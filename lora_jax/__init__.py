@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lora_jax.merging import merge, rounding_loss
     from lora_jax.planning import plan, plan_from_axes
     from lora_jax.site import Plan, Site, Use
+    from lora_jax.train.many import train_many
+    from lora_jax.train.members import Member
     from lora_jax.train.partition import labels, partition
 
 _HOME = {
@@ -28,6 +30,7 @@ _HOME = {
     "InputError": "errors",
     "LoraConfig": "config",
     "LoraPair": "adapter",
+    "Member": "train.members",
     "Plan": "site",
     "Rows": "adapter",
     "Rule": "config",
@@ -44,12 +47,13 @@ _HOME = {
     "plan": "planning",
     "plan_from_axes": "planning",
     "rounding_loss": "merging",
+    "train_many": "train.many",
 }
 
 __all__ = [
-    "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Plan", "Rows", "Rule", "Site",
-    "Use", "adapt", "cast", "count", "explain", "init", "labels", "merge", "partition", "plan",
-    "plan_from_axes", "rounding_loss",
+    "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Member", "Plan", "Rows", "Rule",
+    "Site", "Use", "adapt", "cast", "count", "explain", "init", "labels", "merge", "partition",
+    "plan", "plan_from_axes", "rounding_loss", "train_many",
 ]  # fmt: skip
 
 

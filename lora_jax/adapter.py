@@ -97,11 +97,14 @@ def cast(adapter: Adapter, dtype: Any) -> Adapter:
     >>> cast({"w": LoraPair(jnp.zeros((4, 2)), jnp.zeros((2, 6)))}, jnp.bfloat16)["w"].a.dtype
     dtype(bfloat16)
     """
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), adapter)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"an adapter can't be {dtype}: give a floating dtype, such as float32")
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype), adapter)
 
 
 def check(adapter: Adapter, plan: Plan) -> None:
     """Raise one InputError that names every way in which ``adapter`` does not fit ``plan``."""
+    require_plan(plan)
     if not isinstance(adapter, dict):
         raise InputError(
             f"the adapter is a {type(adapter).__name__}, expected {{path: entry}}: make it with "
@@ -114,6 +117,7 @@ def check(adapter: Adapter, plan: Plan) -> None:
 
 def check_params(params: Any, plan: Plan) -> None:
     """Raise one InputError that names every leaf of ``plan`` that ``params`` holds otherwise."""
+    require_plan(plan)
     leaves = named_leaves(params)
     require_known(plan, leaves)
     wrong = [
@@ -127,8 +131,22 @@ def check_params(params: Any, plan: Plan) -> None:
         )
 
 
+def dtype_name(leaf: Any) -> str:
+    """The dtype that JAX computes in for the leaf, as a word; extended ones (random keys) too."""
+    extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return str(leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def require_plan(plan: Any) -> None:
+    """Raise an InputError for anything that is not a Plan."""
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"the plan is a {type(plan).__name__}: make it with plan(model_fn, params, ..., config)"
+        )
+
+
 def _kind(leaf: Any) -> str:
-    dtype = jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__
+    dtype = dtype_name(leaf) if hasattr(leaf, "dtype") else type(leaf).__name__
     return f"{dtype}{list(getattr(leaf, 'shape', ()))}"
 
 

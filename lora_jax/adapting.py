@@ -32,14 +32,15 @@ LoraPair(a=(8, 2), b=(2, 16))
 True
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter, check, check_params
+from lora_jax.adapter import Adapter, check, check_params, require_plan
 from lora_jax.errors import InputError
 from lora_jax.merging import merge
 from lora_jax.rewrite.walk import Traced, Walk, trace
@@ -79,6 +80,12 @@ def adapt(
     """
     if mode not in ("low_rank", "merge"):
         raise InputError(f"mode {mode!r} is not known: use 'low_rank' or 'merge'")
+    require_plan(plan)
+    if "dropout_key" in _parameters(model_fn):
+        raise InputError(
+            "model_fn has a parameter dropout_key, which the adapted function keeps for itself: "
+            "adapt a lambda that calls yours by another name"
+        )
 
     @wraps(model_fn)
     def low_rank(
@@ -105,19 +112,26 @@ def adapt(
     return adapted
 
 
+def _parameters(model_fn: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(model_fn).parameters
+    except (TypeError, ValueError):  # Of some callables Python knows no signature.
+        return ()
+
+
 def _run(traced: Traced, plan: Plan, adapter: Adapter, walk: Walk) -> Any:
     """The function with symbolic weights for leaves that have factors, values for the others."""
     leaves = {site.path: jnp.asarray(traced.leaves[site.path]) for site in plan.sites}
     whole = {
         site.path: effective_weight(site, leaves[site.path], adapter[site.path])
         for site in plan.sites
-        if not site.roles
+        if site.is_whole
     }
     weights = {
         site.path: symbolic_weight(
             site, leaves[site.path], factors_of(site, leaves[site.path], adapter[site.path])
         )
         for site in plan.sites
-        if site.roles
+        if not site.is_whole
     }
     return traced._replace(leaves={**traced.leaves, **whole}).run(walk, weights)

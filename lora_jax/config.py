@@ -32,6 +32,10 @@ class Rule:
     init_std: float | None = None
     dropout: float | None = None
 
+    def __post_init__(self):
+        for name in ("rank", "alpha", "rows"):
+            object.__setattr__(self, name, _normalised(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -77,6 +81,8 @@ class LoraConfig:
     axes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
+        for name in ("rank", "alpha"):
+            object.__setattr__(self, name, _normalised(getattr(self, name)))
         problems = list(_type_problems(self)) or list(_problems(self))
         if problems:
             raise InputError("LoraConfig: " + "; ".join(problems))
@@ -144,6 +150,13 @@ def _repeated(values: tuple, count: int) -> tuple:
     return values * count if len(values) == 1 else values
 
 
+def _normalised(value: Any) -> Any:
+    """Any sequence as a tuple of Python numbers, which can be hashed; all else as it is."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return value
+    return tuple(each.item() if hasattr(each, "item") else each for each in value)
+
+
 def _as_tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
@@ -191,11 +204,32 @@ def _problems(config: LoraConfig) -> Iterable[str]:
         yield "targets is empty: give at least one, such as 'all-linear'"
     for rule in rules:
         yield from _rule_problems(rule)
+    for target in _as_tuple(config.targets):
+        yield from _idle_settings(_as_rule(target), config)
+    if not isinstance(config.use_rslora, bool):
+        yield f"use_rslora must be True or False, got {config.use_rslora!r}"
     patterns = [target for target in (*(r.target for r in rules), *config.excluded)]
     patterns += [pattern for pattern, _ in config.axes]
     yield from filter(None, map(_pattern_problem, patterns))
     for _, roles in config.axes:
+        yield from filter(None, [_roles_problem(roles)])
+
+
+def _idle_settings(rule: Rule, config: LoraConfig) -> Iterable[str]:
+    """What a rule sets for leaves that have no factors."""
+    if (rule.variant or config.variant) in ("full", "rows"):
+        idle = ("rank", "alpha", "init", "init_std", "dropout")
+        given = [name for name in idle if getattr(rule, name) is not None]
+        if given:
+            yield f"{described(rule.target)} has no factors to set {', '.join(given)} of: drop them"
+
+
+def _roles_problem(roles: str) -> str | None:
+    try:
         parse_roles(roles)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _rule_problems(rule: Rule) -> Iterable[str]:
@@ -213,8 +247,12 @@ def _rule_problems(rule: Rule) -> Iterable[str]:
         yield f"{name} has {len(ranks)} ranks and {len(alphas)} alphas: give as many of both"
     if rule.variant not in VARIANTS:
         yield f"variant of {name} is {rule.variant!r}; there are {', '.join(VARIANTS)}"
-    if (rule.variant == "rows") != bool(rule.rows):
-        yield f"{name}: variant 'rows' needs the rows to train, as in Rule(..., rows=(5, 7))"
+    rows = rule.rows if isinstance(rule.rows, tuple) else ()
+    if (rule.variant == "rows") != bool(rows) or not all(map(_is_integer, rows)):
+        yield (
+            f"{name}: variant 'rows' needs the rows to train, as in Rule(..., rows=(5, 7)), and no "
+            f"other has them; got {rule.rows!r}"
+        )
     if rule.init not in INITIALISERS:
         yield f"init of {name} is {rule.init!r}; there are {', '.join(INITIALISERS)}"
     if not _is_number(dropout := rule.dropout) or dropout is None or not 0 <= dropout < 1:

@@ -4,6 +4,7 @@ import json
 from pathlib import PurePath
 from typing import Any, Literal
 
+from lora_jax.adapter import require_plan
 from lora_jax.errors import InputError
 from lora_jax.site import Plan, Site, Use
 
@@ -38,6 +39,7 @@ def explain(plan: Plan, *, form: Form = "text", width: int = 120, color: bool = 
     >>> json.loads(explain(Plan((site,), 24), form="json"))["sites"][0]["uses"][0]["low_rank"]
     True
     """
+    require_plan(plan)
     if form == "json":
         return json.dumps(_values(plan), indent=2, ensure_ascii=False)
     if form == "rich":
@@ -60,7 +62,7 @@ def trainable_summary(plan: Plan) -> str:
 
 
 def _percent(plan: Plan) -> float:
-    return 100 * plan.trainable / plan.all_parameters
+    return 100 * plan.trainable / max(plan.all_parameters, 1)
 
 
 def _renderable(plan: Plan) -> Any:
@@ -102,7 +104,7 @@ def _row(site: Site) -> tuple[Any, ...]:
 
 
 def _shape(site: Site) -> str:
-    if not site.roles:
+    if site.is_whole:
         return " ".join(map(str, site.shape))
     return " ".join(f"{role}:{size}" for role, size in zip(site.roles, site.shape, strict=True))
 

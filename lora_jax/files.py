@@ -7,16 +7,19 @@ umask gives.
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from lora_jax.errors import InputError
 
 LOCK = ".lock"
+_UNFINISHED = re.compile(r"\..+\.(tmp-\d+-[0-9a-f]{8}|(new|old)-\d+)")
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -40,6 +43,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, expected an object")
     return value
@@ -106,8 +111,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     import fcntl
 
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "a+", encoding="utf-8") as file:
+    with _opened_lock(directory) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -118,6 +122,49 @@ def locked(directory: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _opened_lock(directory: Path) -> TextIO:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return open(directory / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't write to {directory}: {error.strerror or error}") from error
+
+
+def require_writable(directory: Path) -> None:
+    """Raise an InputError unless a file can be made in ``directory``, which is made if need be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"lora-jax")
+    except OSError as error:
+        raise InputError(f"can't write to {directory}: {error.strerror or error}") from error
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file or directory of this name is what a killed process left half written.
+
+    >>> is_unfinished(".config.yaml.tmp-812-0a1b2c3d"), is_unfinished(".config.yaml")
+    (True, False)
+    """
+    return bool(_UNFINISHED.fullmatch(name))
+
+
+def remove_unfinished(directory: Path) -> list[str]:
+    """Delete what killed processes left half written in ``directory``; the names of it."""
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    unfinished = sorted(entry for entry in entries if is_unfinished(entry.name))
+    for entry in unfinished:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return [entry.name for entry in unfinished]
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory, which is whole or gone at every moment."""
+    retired = _sibling(directory)
+    os.replace(directory, retired)
+    shutil.rmtree(retired)
 
 
 def sync_tree(directory: Path) -> None:

@@ -22,7 +22,7 @@ def write_manifest(directory: Path, names: Collection[str], base: Mapping[str, A
     """Record size and sha256 of the named files, and what the caller knows of the base."""
     files = {name: _fingerprint(directory / name) for name in names}
     content = {"format_version": _FORMAT_VERSION, "files": files, "base": dict(base)}
-    write_text(directory / MANIFEST, to_json(content))
+    write_text(directory / MANIFEST, to_json({**content, "sha256": _own_digest(content)}))
 
 
 def checked_base(directory: Path, names: Collection[str]) -> dict[str, Any]:
@@ -31,10 +31,24 @@ def checked_base(directory: Path, names: Collection[str]) -> dict[str, Any]:
     Raises:
       InputError: naming every file that is absent or differs, with both digests.
     """
-    manifest = read_small_json(directory / MANIFEST)
+    path = directory / MANIFEST
+    manifest = read_small_json(path)
     if problems := list(_problems(directory, manifest, set(names))):
         raise InputError(f"{directory} is damaged or was edited: " + "; ".join(problems))
+    if not _is_whole(path, manifest):
+        raise InputError(f"{path} is damaged or was edited: its own sha256 is another")
     return manifest["base"]
+
+
+def _is_whole(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is byte for byte what its own digest says it was."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    whole = to_json({**content, "sha256": _own_digest(content)})
+    return path.read_text(encoding="utf-8") == whole
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json(content).encode()).hexdigest()
 
 
 def read_small_json(path: Path) -> dict[str, Any]:
@@ -46,10 +60,7 @@ def read_small_json(path: Path) -> dict[str, Any]:
     size = existing_file(path).stat().st_size
     if size > _MAX_JSON_BYTES:
         raise InputError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} it may have")
-    try:
-        return read_json(path)
-    except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply") from error
+    return read_json(path)
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -103,7 +114,10 @@ def _problems(directory: Path, manifest: Mapping[str, Any], names: set[str]) -> 
     elif not isinstance(recorded, dict) or not isinstance(base, dict):
         yield f"{MANIFEST} has files={recorded!r} and base={base!r}, expected two objects"
     elif set(recorded) != names:
-        yield f"{MANIFEST} lists {sorted(recorded)}, expected {sorted(names)}"
+        yield from (
+            f"{MANIFEST} lists {name}, which is missing" for name in sorted(set(recorded) - names)
+        )
+        yield from (f"{name} is not in {MANIFEST}" for name in sorted(names - set(recorded)))
     else:
         fingerprints = {name: _fingerprint(directory / name) for name in sorted(names)}
         for name, found in fingerprints.items():

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter, check, check_params
 from lora_jax.paths import named_leaves, replace_leaves
-from lora_jax.site import Plan
+from lora_jax.site import Plan, Site
 from lora_jax.variants import at_least_float32, effective_weight, exact_weight
 
 
@@ -30,7 +31,6 @@ def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
     Raises:
       InputError: ``params`` or ``adapter`` do not fit ``plan``.
 
-    >>> import jax
     >>> from lora_jax import LoraConfig, init, plan_from_axes
     >>> params = {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)}
     >>> plan = plan_from_axes(params, LoraConfig(rank=2, targets="w"), {"w": "in out"})
@@ -43,10 +43,15 @@ def merge(params: Any, adapter: Adapter, plan: Plan) -> Any:
     check(adapter, plan)
     leaves = named_leaves(params)
     merged = {
-        site.path: effective_weight(site, jnp.asarray(leaves[site.path]), adapter[site.path])
+        site.path: _merged(site, jnp.asarray(leaves[site.path]), adapter[site.path])
         for site in plan.sites
     }
     return replace_leaves(params, merged)
+
+
+def _merged(site: Site, weight: jax.Array, entry: Any) -> jax.Array:
+    """In memory of its own: the adapter may be donated afterwards."""
+    return jnp.array(effective_weight(site, weight, entry), copy=site.is_whole)
 
 
 def rounding_loss(params: Any, merged: Any, adapter: Adapter, plan: Plan) -> dict[str, float]:
@@ -57,6 +62,9 @@ def rounding_loss(params: Any, merged: Any, adapter: Adapter, plan: Plan) -> dic
     Returns:
       ``{path: max |(W + ΔW in float32) - merged W|}``.
     """
+    check_params(params, plan)
+    check_params(merged, plan)
+    check(adapter, plan)
     before, after = named_leaves(params), named_leaves(merged)
 
     def lost(path: str) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapter import Adapter, shapes_of
+from lora_jax.adapter import Adapter, dtype_name, shapes_of
 from lora_jax.config import LoraConfig
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves
@@ -33,7 +33,6 @@ from lora_jax.rewrite.walk import Note, Traced, Walk, trace
 from lora_jax.rewrite.weight import NotLowRank, RolesContradict, symbolic_weight
 from lora_jax.selection import (
     Roles,
-    dtype_name,
     is_floating,
     raise_all,
     require_config,
@@ -80,6 +79,10 @@ def plan(
         other, or whose rank exceeds what the weight allows.
     """
     require_config(config)
+    if not callable(model_fn):
+        raise InputError(
+            f"model_fn is a {type(model_fn).__name__}: the function comes first, then its params"
+        )
     leaves = {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
     traced = trace(model_fn, params, args, kwargs)
     watched = [
@@ -91,7 +94,8 @@ def plan(
     candidates = [_candidate(path, leaf, known, seen) for path, leaf in leaves.items()]
     sites, problems = select(candidates, {**known, **unread}, config, unread)
     raise_all(problems)
-    sites, problems = _with_uses(sites, _seen(traced, sites), strict)
+    with_factors = [site for site in sites if not site.is_whole]
+    sites, problems = _with_uses(sites, {**seen, **_seen(traced, with_factors)}, strict)
     raise_all(problems)
     return Plan(tuple(sites), _parameters(leaves))
 
@@ -227,7 +231,7 @@ def _with_uses(
     sites: list[Site], seen: Mapping[str, list[Note]], strict: bool
 ) -> tuple[list[Site], list[str]]:
     """The sites with what became of each use; a leaf trained whole has no form to lose."""
-    adapted = [site for site in sites if site.roles]
+    adapted = [site for site in sites if not site.is_whole]
     problems = [
         _contradiction(site, note)
         if isinstance(note.refusal, RolesContradict)
@@ -244,7 +248,7 @@ def _with_uses(
         if site.dropout and note.refusal
     ]
     problems = list(dict.fromkeys(problems))  # One line may read a weight twice.
-    used = [replace(site, uses=_uses(seen[site.path], bool(site.roles))) for site in sites]
+    used = [replace(site, uses=_uses(seen[site.path], not site.is_whole)) for site in sites]
     return used, problems
 
 

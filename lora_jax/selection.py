@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.adapter import dtype_name
 from lora_jax.config import LoraConfig, Rule, scale_of
 from lora_jax.errors import InputError
 from lora_jax.paths import nearest
@@ -46,11 +47,6 @@ def select(
     return sites, problems
 
 
-def dtype_name(leaf: Any) -> str:
-    """The leaf's dtype as a word, extended dtypes such as random keys included."""
-    return str(leaf.dtype)
-
-
 def raise_all(problems: Iterable[str]) -> None:
     """Raise one InputError with all of ``problems``, if there are any."""
     if problems := list(problems):
@@ -85,8 +81,9 @@ def _hint(target: Target, leaves: list[Leaf]) -> str:
     if target in PRESETS:
         contracted = [leaf.path for leaf in leaves if leaf.matrix] or ["none"]
         return f"contracted with an activation: {', '.join(contracted[:5])}; give a pattern"
-    words = re.sub(r"[^\w/]+", "", target)
-    return f"nearest: {', '.join(nearest(words, paths) or sorted(paths)[:3])}"
+    words = re.sub(r"[^\w/-]+", "", target)
+    found = nearest(words.lower(), PRESETS, count=1) + nearest(words, paths)
+    return f"nearest: {', '.join(found[:3] or sorted(paths)[:3])}"
 
 
 def _idle_rules(

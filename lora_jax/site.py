@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Role = Literal["stack", "in", "out"]
@@ -54,6 +55,11 @@ class Site:
     dropout: float = 0.0
     """Share of the entries of A's input that training drops."""
     uses: tuple[Use, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the leaf itself is trained: it has neither roles nor factors."""
+        return self.variant == "full"
 
     def axes(self, role: Role) -> tuple[int, ...]:
         """The axes of the weight that play ``role``, in order."""
@@ -122,11 +128,12 @@ class Plan(Mapping[str, Site]):
     base_parameters: int
     """Parameters of the whole base tree, adapted or not."""
 
+    @cached_property
+    def _by_path(self) -> dict[str, Site]:
+        return {site.path: site for site in self.sites}
+
     def __getitem__(self, path: str) -> Site:
-        for site in self.sites:
-            if site.path == path:
-                return site
-        raise KeyError(path)
+        return self._by_path[path]
 
     def __iter__(self) -> Iterator[str]:
         return (site.path for site in self.sites)

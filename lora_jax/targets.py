@@ -23,45 +23,81 @@ class Leaf(NamedTuple):
 
 
 HEADS = re.compile(
-    r"(?i)lm_head|head|heads|output_head|unembed(ding)?|embed_out|output|logits|classifier|score"
-    r"|embed|embed_tokens|embeddings?|tok_embeddings|token_embedding|word_embeddings|wte|shared"
+    r"(?i)lm_?head|heads?(_?\d+)?|output_head|unembed(ding)?|embed_out|output|score|shared"
+    r"|logits(_dense)?|classifier|(output|vocab|score)_proj(ection)?|output_projection|decoder"
+    r"|embed|embed_tokens|embeddings?|tok_embeddings|token_embedding|word_embeddings|wte"
 )
-"""Modules whose weight is an output head or an embedding table, in the usual frameworks."""
+"""Modules outside any block whose weight is an output head or an embedding table."""
 
-ATTENTION = re.compile(
-    r"(?i)(.*[_.])?(attn|attention|mha|multihead\w*|selfattention|crossattention)([_.\d].*)?"
-    r"|multihead.*|selfattention.*"
-    r"|[qkvo]|[qkvo]_proj|[qkv]_einsum|qkv(_proj|_einsum)?|w[qkvo]|wqkv|query|key|value"
+ATTENTION_BLOCK = re.compile(
+    r"(?i)(.*[_.])?(attn|attention|att|mha|multi_?head\w*|self_?attention|cross_?attention)"
+    r"([_.\d].*)?|multihead.*|selfattention.*|crossattention.*"
+)
+"""Parts of a path within which everything belongs to attention."""
+
+ATTENTION_LAYER = re.compile(
+    r"(?i)[qkvo]|[qkvo]_proj|[qkv]_einsum|qkv(_proj|_einsum)?|w[qkvo]|wqkv|query|key|value"
     r"|query_key_value|c_attn|attn_vec_einsum"
 )
-"""Parts of a path that belong to attention."""
+"""Modules that belong to attention wherever they stand."""
 
-MLP = re.compile(
-    r"(?i)(.*[_.])?(mlp|ffn|ffw|feed_?forward|moe|experts?)([_.\d].*)?|mlp.*|feedforward.*"
-    r"|gate_proj|up_proj|down_proj|gate_up_proj|gate|up|down|fc_?(1|2|in|out)|c_fc|w[123]"
-    r"|w[io](_[01])?|lin[12]|dense_h_to_4h|dense_4h_to_h|gating_einsum|intermediate"
+MLP_BLOCK = re.compile(
+    r"(?i)(.*[_.])?(mlp|ffn|ffw|ff|feed_?forward|moe|experts?)([_.\d].*)?|mlp.*|feedforward.*"
+    r"|densereludense|intermediate"
 )
-"""Parts of a path that belong to the feed-forward block."""
+"""Parts of a path within which everything belongs to the feed-forward block."""
+
+MLP_LAYER = re.compile(
+    r"(?i)gate_proj|up_proj|down_proj|gate_up_proj|fc_?(1|2|in|out)|c_fc|w[123]|w[io](_[01])?"
+    r"|lin[12]|dense_h_to_4h|dense_4h_to_h|gating_einsum"
+)
+"""Modules that belong to the feed-forward block wherever they stand."""
 
 PARAMETER = re.compile(r"(?i)kernel|weights?|w|embedding|bias|value|scale|base")
 """Names of a parameter within its module."""
 
 
+class _Kind(NamedTuple):
+    name: str
+    block: re.Pattern[str]
+    layer: re.Pattern[str]
+
+
+_KINDS = (
+    _Kind("attention", ATTENTION_BLOCK, ATTENTION_LAYER),
+    _Kind("mlp", MLP_BLOCK, MLP_LAYER),
+)
+
+
+def kind_of(path: str) -> str | None:
+    """``attention``, ``mlp`` or neither: the block nearest to the leaf decides, else its module.
+
+    >>> kind_of("h/0/mlp/wo/kernel"), kind_of("layers/0/wo/kernel"), kind_of("head/kernel")
+    ('mlp', 'attention', None)
+    """
+    *blocks, module = _modules_of(path)
+    for part in reversed([*blocks, module]):
+        for kind in _KINDS:
+            if kind.block.fullmatch(part):
+                return kind.name
+    found = (kind.name for kind in _KINDS if kind.layer.fullmatch(module))
+    return next(found, None)
+
+
 def _all_linear(leaf: Leaf) -> bool:
-    return HEADS.fullmatch(module_of(leaf.path)) is None
+    return kind_of(leaf.path) is not None or not HEADS.fullmatch(module_of(leaf.path))
 
 
 def _attention(leaf: Leaf) -> bool:
-    return _all_linear(leaf) and any(map(ATTENTION.fullmatch, leaf.path.split("/")))
+    return kind_of(leaf.path) == "attention"
 
 
 def _mlp(leaf: Leaf) -> bool:
-    inside = any(map(MLP.fullmatch, leaf.path.split("/")))
-    return _all_linear(leaf) and inside and not _attention(leaf)
+    return kind_of(leaf.path) == "mlp"
 
 
 def _square(leaf: Leaf) -> bool:
-    return leaf.matrix is not None and leaf.matrix[0] == leaf.matrix[1]
+    return leaf.matrix is not None and leaf.matrix[0] == leaf.matrix[1] and _all_linear(leaf)
 
 
 PRESETS: dict[str, Callable[[Leaf], bool]] = {
@@ -111,6 +147,9 @@ def module_of(path: str) -> str:
     >>> module_of("layers/0/lm_head/kernel"), module_of("embed")
     ('lm_head', 'embed')
     """
+    return _modules_of(path)[-1]
+
+
+def _modules_of(path: str) -> list[str]:
     parts = path.split("/")
-    own = [part for part in parts if not PARAMETER.fullmatch(part)]
-    return (own or parts)[-1]
+    return [part for part in parts if not PARAMETER.fullmatch(part)] or parts

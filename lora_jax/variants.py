@@ -18,13 +18,14 @@ class Factors(NamedTuple):
     """A weight's update without the weight: W' = magnitude · (W + scale · A B).
 
     ``a`` (\\*stack, \\*in, rank), ``b`` (\\*stack, rank, \\*out); ``magnitude`` (\\*stack, \\*out)
-    rescales each output, ``None`` leaves them as they are.
+    rescales each output; ``replaced`` (first axis,) says of which rows W itself counts for nothing.
     """
 
     a: jax.Array
     b: jax.Array
     scale: float
     magnitude: jax.Array | None = None
+    replaced: jax.Array | None = None
 
 
 def delta_weight(site: Site, pair: LoraPair | DoraTriple) -> jax.Array:
@@ -146,12 +147,11 @@ def _dora_factors(site: Site, weight: jax.Array, entry: DoraTriple) -> Factors:
 
 
 def _row_factors(site: Site, weight: jax.Array, entry: Rows) -> Factors:
-    """Replacing rows is a low-rank update: one factor picks the rows, the other is the change."""
-    picked = jnp.array(entry.indices)
-    change = at_least_float32(entry.rows) - at_least_float32(weight[picked])
-    one_hot = jax.nn.one_hot(picked, site.shape[0], dtype=change.dtype)
-    a_and_b = (one_hot.T, change) if site.roles[0] == "in" else (change.T, one_hot)
-    return Factors(*a_and_b, 1.0)
+    """Replacing rows is an update of W without them: one factor picks, the other is they."""
+    rows = at_least_float32(entry.rows)
+    one_hot = jax.nn.one_hot(jnp.array(entry.indices), site.shape[0], dtype=rows.dtype)
+    a_and_b = (one_hot.T, rows) if site.roles[0] == "in" else (rows.T, one_hot)
+    return Factors(*a_and_b, 1.0, replaced=one_hot.any(axis=0))
 
 
 _EXACT: dict[str, Callable[[Site, jax.Array, Any], jax.Array]] = {

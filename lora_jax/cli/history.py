@@ -1,5 +1,6 @@
 """What has happened in a run so far: everything that a resumed one has to know of it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +14,27 @@ class History:
     Attributes:
       before: the base, judged.
       losses: of each update; None where it was not finite.
-      heldout: held-out loss by updates done.
+      heldout: held-out loss by updates done; None where it was not finite.
       seconds: of each update since this process started; not part of the record.
+      gave_up: whether too many updates in a row were not finite since then; not part of it.
     """
 
     before: Judgement
     losses: list[float | None] = field(default_factory=list)
-    heldout: dict[int, float] = field(default_factory=dict)
+    heldout: dict[int, float | None] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list, compare=False)
+    gave_up: bool = field(default=False, compare=False)
 
     @property
     def best(self) -> int | None:
         """The updates after which the held-out loss was lowest, the first of equals."""
-        trained = {step: loss for step, loss in self.heldout.items() if step}
+        trained = {step: loss for step, loss in self.finite_heldout.items() if step}
         return min(trained, key=trained.__getitem__) if trained else None
+
+    @property
+    def finite_heldout(self) -> dict[int, float]:
+        """The held-out losses that are numbers."""
+        return {step: loss for step, loss in self.heldout.items() if loss is not None}
 
     def stale(self) -> int:
         """Evaluations since the best."""
@@ -35,7 +43,8 @@ class History:
     def as_json(self) -> dict[str, Any]:
         """The record as it is now, as JSON values; `from_json` gives it back."""
         heldout = {str(step): loss for step, loss in self.heldout.items()}
-        return {"before": self.before._asdict(), "losses": [*self.losses], "heldout": heldout}
+        before = {**self.before._asdict(), "loss": finite(self.before.loss)}
+        return {"before": before, "losses": [*self.losses], "heldout": heldout}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "History":
@@ -45,5 +54,21 @@ class History:
         >>> History.from_json(history.as_json()) == history, history.best
         (True, 10)
         """
-        heldout = {int(step): loss for step, loss in values["heldout"].items()}
-        return cls(Judgement(**values["before"]), values["losses"], heldout)
+        heldout = {int(step): _number(loss) for step, loss in values["heldout"].items()}
+        before = Judgement(**values["before"])
+        answers = [str(answer) for answer in before.answers]
+        losses = [_number(loss) for loss in values["losses"]]
+        return cls(Judgement(answers, _number(before.loss)), losses, heldout)
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON has it: what is not finite is null.
+
+    >>> finite(float("nan")), finite(1.5), finite(2)
+    (None, 1.5, 2)
+    """
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -17,6 +17,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train", "fine-tune a model on chat rows and write a PEFT adapter"),
+    "sweep": Command("sweep", "train adapters of several settings at once over one base"),
     "generate": Command("generate", "answer prompts, with and without the adapter of a run"),
     "verify": Command("verify", "compare a run with torch + PEFT, layer by layer"),
     "merge": Command("merge", "fold an adapter into its base, as a Hugging Face directory"),

@@ -65,6 +65,8 @@ class LoraOptions:
     """Inner size of A and B."""
     alpha: float = 32.0
     """The update is scaled by alpha/rank."""
+    variant: Literal["lora", "dora"] = "lora"
+    """dora trains the norm of each output's weights as well."""
     targets: tuple[str, ...] = (LINEAR_LAYERS,)
     """Regular expressions that match whole leaf paths; see: lora-jax inspect plan."""
     exclude: tuple[str, ...] = ()

@@ -93,6 +93,7 @@ def lora_config(options: LoraOptions) -> lora.LoraConfig:
         alpha=options.alpha,
         targets=options.targets,
         exclude=options.exclude,
+        variant=options.variant,
         use_rslora=options.rslora,
         init=options.init,
         init_std=options.init_std,

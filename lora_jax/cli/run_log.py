@@ -49,7 +49,15 @@ def _step_of(line: str) -> float:
 
 
 def _jsonl(out: Path) -> Sink:
-    return lambda values: append_metrics(out / runs.METRICS, **values)
+    path = out / runs.METRICS
+
+    def sink(values: Mapping[str, Any]) -> None:
+        try:
+            append_metrics(path, **values)
+        except OSError as error:
+            raise InputError(f"can't write {path}: {error.strerror or error}") from error
+
+    return sink
 
 
 @contextmanager

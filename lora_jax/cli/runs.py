@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_jax.cli.parsing import read_yaml
 from lora_jax.errors import InputError
-from lora_jax.files import LOCK
+from lora_jax.files import LOCK, is_unfinished
 
 ADAPTER, CONFIG, CHECKPOINTS, METRICS, SAMPLES, LOSS_PLOT, ANSWERS = (
     "adapter",
@@ -38,7 +38,7 @@ def require_free(directory: Path) -> None:
     path = directory.absolute()
     parent = path
     try:
-        if path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} - {LOCK}):
+        if path.is_file() or (path.is_dir() and any(map(_counts, path.iterdir()))):
             raise InputError(f"{directory} already holds something: name a new directory")
         parent = next(each for each in (path, *path.parents) if each.exists())
         with tempfile.TemporaryFile(dir=parent) as probe:
@@ -47,6 +47,10 @@ def require_free(directory: Path) -> None:
         raise InputError(
             f"can't write to {parent}: {error.strerror}; choose another directory"
         ) from error
+
+
+def _counts(entry: Path) -> bool:
+    return entry.name != LOCK and not is_unfinished(entry.name)
 
 
 def require_run(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """The settings of a sweep: every combination of the values given, each with a name."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,8 @@ class Setting(NamedTuple):
         >>> Setting(3e-4, 8, 16.0, 0).name
         'lr0.0003-rank8-alpha16-seed0'
         """
-        return f"lr{self.learning_rate:g}-rank{self.rank}-alpha{self.alpha:g}-seed{self.seed}"
+        rate, rank, alpha, seed = map(_in_name, self)
+        return f"lr{rate}-rank{rank}-alpha{alpha}-seed{seed}"
 
 
 def settings_of(options: Options) -> list[Setting]:
@@ -42,13 +44,11 @@ def settings_of(options: Options) -> list[Setting]:
         "alphas": options.alphas or (options.lora.alpha,),
         "seeds": options.seeds or (options.data.seed,),
     }
-    problems = [problem for name, each in values.items() for problem in _repeated(name, each)]
+    problems = [problem for name, each in values.items() for problem in _problems(name, each)]
     if problems:
         raise InputError("; ".join(problems))
-    settings = [Setting(*combination) for combination in product(*values.values())]
-    for setting in settings:
-        require_ranges(*_groups(options, setting).values())
-    return settings
+    require_ranges(options.data, options.optim)
+    return [Setting(*combination) for combination in product(*values.values())]
 
 
 def options_of(options: Options, setting: Setting) -> train.Options:
@@ -56,20 +56,32 @@ def options_of(options: Options, setting: Setting) -> train.Options:
 
     That is where its seed is the sweep's; elsewhere the rows come in another order.
     """
-    groups = _groups(options, setting)
-    return train.Options(out=options.out / setting.name, model=options.model, **groups)
+    return train.Options(
+        data=replace(options.data, seed=setting.seed),
+        out=options.out / setting.name,
+        model=options.model,
+        lora=replace(options.lora, rank=setting.rank, alpha=setting.alpha),
+        optim=replace(options.optim, learning_rate=setting.learning_rate),
+    )
 
 
-def _groups(options: Options, setting: Setting) -> dict:
-    return {
-        "data": replace(options.data, seed=setting.seed),
-        "lora": replace(options.lora, rank=setting.rank, alpha=setting.alpha),
-        "optim": replace(options.optim, learning_rate=setting.learning_rate),
-    }
+_RANGES = {
+    "learning_rates": (0.0, math.inf),
+    "ranks": (1, math.inf),
+    "alphas": (1e-12, math.inf),
+    "seeds": (0, 2**32 - 1),
+}
 
 
-def _repeated(name: str, values: Sequence[float]) -> Iterator[str]:
-    """Names of directories have six digits of a number."""
-    for text, count in Counter(f"{value:g}" for value in values).items():
+def _problems(name: str, values: Sequence[float]) -> Iterator[str]:
+    low, high = _RANGES[name]
+    for value in values:
+        if not (low <= value <= high and math.isfinite(value)):
+            yield f"{name} has {value}, expected between {low:g} and {high:g}"
+    for text, count in Counter(map(_in_name, values)).items():
         if count > 1:
-            yield f"{name} has {text} {count} times, to six digits: give each value once"
+            yield f"{name} has {text} {count} times (to six digits): give each value once"
+
+
+def _in_name(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

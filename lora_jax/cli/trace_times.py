@@ -121,12 +121,11 @@ def linear(layer: Layer, x: jax.Array, name: str) -> jax.Array:
 
 
 def linear_with_lora(layer: Layer, pairs: Pairs, x: jax.Array, name: str) -> jax.Array:
-    """x·W + scale·(x·A)·B over one axis of tokens, summed in float32."""
+    """x·W + (x·A)·(scale·B) over one axis of tokens, summed in float32."""
     y = x @ layer[name]
-    a, b = (factor.astype(x.dtype) for factor in (pairs[name].a, pairs[name].b))
+    a, b = pairs[name].a.astype(x.dtype), (pairs[name].b * SCALE).astype(x.dtype)
     hidden = jnp.matmul(x.reshape(-1, x.shape[-1]), a, preferred_element_type=jnp.float32)
-    scaled = (hidden * SCALE).astype(x.dtype)
-    update = jnp.matmul(scaled, b, preferred_element_type=jnp.float32)
+    update = jnp.matmul(hidden.astype(x.dtype), b, preferred_element_type=jnp.float32)
     return (y.astype(jnp.float32) + update.reshape(y.shape)).astype(y.dtype)
 
 

@@ -13,10 +13,9 @@ from lora_jax.rewrite.products import (
     Operand,
     Product,
     adapted_product,
-    in_weights_dtype,
     meeting_of,
     ordered_factors,
-    scaled_hidden,
+    taken_factors,
     wide,
 )
 from lora_jax.rewrite.weight import RANK, Factor, NotLowRank, Weight, contract, fresh_label
@@ -38,10 +37,11 @@ def convolution(walk, eqn, x: Any, weight: Any):
         return walk.bind(eqn, x, weight.value)
     if params["batch_group_count"] != 1:
         raise NotLowRank("convolves in batch groups")
-    first, second = ordered_factors(weight, [weight.labels[k] for k in window])
+    factors = ordered_factors(weight, [weight.labels[k] for k in window])
+    first, second = taken_factors(factors, weight.scale, weight.value.dtype)
     out = weight.labels[out_axis]
     order = [RANK if label == out else label for label in weight.labels]
-    kernel = in_weights_dtype(first, weight).grouped(*([label] for label in order))
+    kernel = first.grouped(*([label] for label in order))
     y_labels = [TOKENS - axis for axis in range(x.ndim)]
     y_labels[params["dimension_numbers"].out_spec[1]] = out
 
@@ -84,7 +84,7 @@ def _mixed_channels(hidden: jax.Array, second: Factor, weight: Weight, params) -
     split = [*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :]]
     labels = [TOKENS - axis for axis in range(len(split))]
     labels[channel : channel + 2] = [group, RANK]
-    channels = scaled_hidden(Factor(lax.reshape(hidden, split), tuple(labels)), weight)
-    mixed = contract(channels, in_weights_dtype(up, weight), [RANK], **wide(weight))
+    channels = Factor(lax.reshape(hidden, split), tuple(labels))
+    mixed = contract(channels, up, [RANK], **wide(weight.value.dtype))
     order = [*labels[:channel], group, out_in_group, *labels[channel + 2 :]]
     return mixed.grouped(*([label] for label in order))

@@ -16,10 +16,11 @@ from lora_jax.rewrite.products import (
     Operand,
     Product,
     adapted_product,
-    in_weights_dtype,
+    as_operand,
     meeting_of,
     ordered_factors,
-    scaled_hidden,
+    product_dtype,
+    taken_factors,
     wide,
 )
 from lora_jax.rewrite.weight import RANK, Factor, NotLowRank, RolesContradict, Weight, contract
@@ -56,7 +57,7 @@ def dot_general(walk, eqn, lhs: Any, rhs: Any):
             Factor(x, x_labels),
             sides=(tuple(contracted), tuple(batch), tuple(free)),
             weight_first=weight_first,
-            dtype=weight.value.dtype,
+            dtype=product_dtype(weight, x),
             scale=weight.scale,
             precision=eqn.params["precision"],
         )
@@ -82,16 +83,18 @@ def ragged_dot(walk, eqn, x: Any, weight: Any, group_sizes: Any):
     if not set(expert) <= set(weight.stack_labels()):
         raise RolesContradict("has groups along an input or output axis")
     first, second = ordered_factors(weight, inputs)
-    options = {"precision": eqn.params["precision"], **wide(weight)}
-    down = in_weights_dtype(first, weight).grouped(expert, inputs, [RANK])
-    up = in_weights_dtype(second, weight).grouped(expert, [RANK], outputs)
+    dtype = product_dtype(weight, x)
+    options = {"precision": eqn.params["precision"], **wide(dtype)}
+    first, second = taken_factors((first, second), weight.scale, dtype)
+    down = first.grouped(expert, inputs, [RANK])
+    up = second.grouped(expert, [RANK], outputs)
 
     def base(x: jax.Array) -> jax.Array:
         return walk.bind(eqn, x, weight.value, group_sizes)[0]
 
     def update(x: jax.Array) -> jax.Array:
-        hidden = Factor(lax.ragged_dot(x, down, group_sizes, **options), (TOKENS, RANK))
-        return lax.ragged_dot(scaled_hidden(hidden, weight).array, up, group_sizes, **options)
+        hidden = lax.ragged_dot(in_dtype(x, dtype), down, group_sizes, **options)
+        return lax.ragged_dot(in_dtype(hidden, dtype), up, group_sizes, **options)
 
     of_rows = _by_row(weight, expert[0], group_sizes, x.shape[0])
     product = Product(base, update, (TOKENS, *inputs), (TOKENS, *outputs))
@@ -134,14 +137,11 @@ def _low_rank_dot(
     of the time of tracing, and leaves no trace of the jit in the program.
     """
     contracted, batch, free = sides
-    tokens = _with_tokens_as_one(x, list(contracted), list(batch))
-    down, up = (replace(f, array=in_dtype(f.array, dtype)) for f in factors)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    options = {"precision": precision, "preferred_element_type": wide}
+    tokens = as_operand(_with_tokens_as_one(x, list(contracted), list(batch)), dtype)
+    down, up = taken_factors(factors, scale, dtype)
+    options = {"precision": precision, **wide(dtype)}
     operands = (down, tokens) if weight_first else (tokens, down)
-    hidden = contract(*operands, contracted, **options)
-    scaled = hidden.array if scale == 1 else hidden.array * scale
-    hidden = replace(hidden, array=in_dtype(scaled, dtype))
+    hidden = as_operand(contract(*operands, contracted, **options), dtype)
     operands = (up, hidden) if weight_first else (hidden, up)
     product = contract(*operands, [RANK], **options)
     order = (*batch, *free, TOKENS) if weight_first else (*batch, TOKENS, *free)

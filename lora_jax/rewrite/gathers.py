@@ -13,11 +13,11 @@ from jax import lax
 
 from lora_jax.rewrite.products import (
     Operand,
-    in_weights_dtype,
+    masked_base,
     meeting_of,
     ordered_factors,
-    scaled_hidden,
     sum_in_float32,
+    taken_factors,
     wide,
 )
 from lora_jax.rewrite.weight import (
@@ -75,10 +75,12 @@ def _rows(walk, eqn, weight: Weight, picks: _Picks) -> jax.Array:
     if weight.a is None:
         return base
     gathered = partial(_gathered, weight=weight, picks=picks)
-    first, second = ordered_factors(weight, [weight.labels[axis] for axis in picks.chosen])
-    hidden = scaled_hidden(gathered(first), weight)
-    update = contract(hidden, in_weights_dtype(second, weight), [RANK], **wide(weight))
+    factors = ordered_factors(weight, [weight.labels[axis] for axis in picks.chosen])
+    first, second = taken_factors(factors, weight.scale, weight.value.dtype)
+    update = contract(gathered(first), second, [RANK], **wide(weight.value.dtype))
     order = [axis.label for axis in _axes_of_result(weight, picks)]
+    if weight.replaced is not None:
+        base = masked_base(base, gathered(weight.replaced), order)
     total = sum_in_float32(base, update.grouped(*([label] for label in order)))
     if weight.magnitude is not None:
         total = total * gathered(weight.magnitude).over(order)

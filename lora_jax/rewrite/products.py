@@ -4,7 +4,7 @@ A rule emits the base equation unchanged and adds the product with the two facto
 carries the contracted axes first: dots.py, convolutions.py and gathers.py have the rules.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -73,6 +73,9 @@ def adapted_product(walk, weight: Weight, x: jax.Array, product: Product) -> jax
     by which the result would differ from the base if all of it saw the dropped x.
     """
     kept, gain = walk.dropped(x, weight), weight.magnitude
+    if weight.replaced is not None:
+        replaced = _without(weight.replaced, _contracted_units(weight, product))
+        return _with_rows_replaced(replaced, x, product)
     if gain is None:
         base = product.base(x)
         return _sum_rounded_once(base, product.update(kept))
@@ -83,31 +86,57 @@ def adapted_product(walk, weight: Weight, x: jax.Array, product: Product) -> jax
     return in_dtype(at_least_float32(base) + share, base.dtype)
 
 
-def scaled_hidden(hidden: Factor, weight: Weight) -> Factor:
-    """scale·(x·A), in the weight's dtype."""
-    scaled = hidden.array if weight.scale == 1 else hidden.array * weight.scale
-    return replace(hidden, array=in_dtype(scaled, weight.value.dtype))
+def taken_factors(
+    factors: tuple[Factor, Factor], scale: float, dtype: Any
+) -> tuple[Factor, Factor]:
+    """The two factors as the products take them: in ``dtype``, the scale in the second.
+
+    The scale meets B before it is cast: scale·(x·A) may be too large for float16.
+    """
+    first, second = factors
+    scaled = second.array if scale == 1 else second.array * scale
+    return as_operand(first, dtype), replace(second, array=in_dtype(scaled, dtype))
 
 
-def in_weights_dtype(factor: Factor, weight: Weight) -> Factor:
-    """The factor as the products take it."""
-    return replace(factor, array=in_dtype(factor.array, weight.value.dtype))
+def as_operand(factor: Factor, dtype: Any) -> Factor:
+    """The array as a product in ``dtype`` takes it."""
+    return replace(factor, array=in_dtype(factor.array, dtype))
 
 
-def wide(weight: Weight) -> dict[str, Any]:
+def product_dtype(weight: Weight, x: jax.Array) -> Any:
+    """What the low-rank products compute in: the wider of the weight's dtype and x's."""
+    return jnp.promote_types(weight.value.dtype, x.dtype)
+
+
+def wide(dtype: Any) -> dict[str, Any]:
     """The option by which a product is summed in float32 or wider."""
-    return {"preferred_element_type": jnp.promote_types(weight.value.dtype, jnp.float32)}
+    return {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
 
 
 def sum_in_float32(base: jax.Array, update: jax.Array) -> jax.Array:
     """base + update in float32 or wider, in the shape of the base product."""
-    return lax.add(at_least_float32(base), lax.reshape(update, base.shape))
+    base = at_least_float32(base)
+    return lax.add(base, in_dtype(lax.reshape(update, base.shape), base.dtype))
+
+
+def masked_base(base: jax.Array, replaced: Factor, labels: Sequence[int]) -> jax.Array:
+    """The base product without what comes of replaced rows, whatever they hold."""
+    return jnp.where(replaced.over(labels), 0, base).astype(base.dtype)
+
+
+def _with_rows_replaced(replaced: Factor, x: jax.Array, product: Product) -> jax.Array:
+    if set(replaced.labels) <= set(product.y_labels):
+        base = masked_base(product.base(x), replaced, product.y_labels)
+    elif set(replaced.labels) <= set(product.x_labels):
+        base = product.base(masked_base(x, replaced, product.x_labels))
+    else:
+        raise NotLowRank("has replaced rows along an axis that neither input nor result has")
+    return _sum_rounded_once(base, product.update(x))
 
 
 def _rescaled_product(weight: Weight, gain: Factor, x: jax.Array, product: Product) -> jax.Array:
     """W's outputs are rescaled: in the result where they remain, in x where they are contracted."""
-    made_on_the_way = {axis.label for axis in weight.axes if not axis.base}
-    gain = _without(gain, made_on_the_way.difference(product.y_labels))
+    gain = _without(gain, _contracted_units(weight, product))
     if set(gain.labels) <= set(product.y_labels):
         base = product.base(x)
         total = sum_in_float32(base, product.update(x)) * gain.over(product.y_labels)
@@ -117,6 +146,11 @@ def _rescaled_product(weight: Weight, gain: Factor, x: jax.Array, product: Produ
         base = product.base(x)
         return in_dtype(sum_in_float32(base, product.update(x)), base.dtype)
     raise NotLowRank("has a magnitude along axes that neither the input nor the result has")
+
+
+def _contracted_units(weight: Weight, product: Product) -> set[int]:
+    """Axes of size 1 made on the way that the result hasn't."""
+    return {axis.label for axis in weight.axes if not axis.base}.difference(product.y_labels)
 
 
 def _made_on_the_way(weight: Weight) -> Iterable[tuple[Axis, int]]:

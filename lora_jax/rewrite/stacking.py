@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.rewrite.views import add_units
-from lora_jax.rewrite.weight import RANK, Axis, Factor, NotLowRank, Weight
-
-_FACTORS = ("a", "b", "magnitude")
+from lora_jax.rewrite.weight import FACTORS, RANK, Axis, Factor, NotLowRank, Weight
 
 
 def concatenate(walk, eqn, *pieces):
@@ -89,7 +87,7 @@ def _labels_by_name(weight: Weight) -> dict[str, tuple[int, ...]]:
 
 
 def _factors_by_name(weight: Weight) -> dict[str, Factor]:
-    found = {name: getattr(weight, name) for name in _FACTORS}
+    found = {name: getattr(weight, name) for name in FACTORS}
     return {name: factor for name, factor in found.items() if factor is not None}
 
 
@@ -111,10 +109,10 @@ def _without_update(like: Weight, label: int, size: int) -> Weight:
     """A weight whose ΔW is zero, of ``size`` along the stacked axis."""
 
     def emptied(factor: Factor) -> Factor:
-        fill = 0.0 if RANK in factor.labels else 1.0
+        neutral = 0 if RANK in factor.labels or factor.array.dtype == bool else 1
         shape = list(factor.array.shape)
         shape[factor.labels.index(label)] = size
-        return replace(factor, array=lax.full(shape, fill, factor.array.dtype))
+        return replace(factor, array=lax.full(shape, neutral, factor.array.dtype))
 
     return like.map_factors(emptied)
 

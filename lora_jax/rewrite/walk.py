@@ -213,20 +213,26 @@ class Traced(NamedTuple):
     """The array leaves of the other arguments: the rest of its inputs."""
     output_tree: Any
     output_names: tuple[str, ...]
+    """Of the outputs that are arrays."""
+    static_outputs: dict[int, Any]
+    """The others, by their place among all."""
 
     def run(self, walk: Walk, weights: Mapping[str, Weight]) -> Any:
         """The function's output, with the given leaves replaced by symbolic weights."""
         inputs = [weights.get(path, self.leaves[path]) for path in self.paths]
         outputs = walk.function(self.jaxpr)(*inputs, *self.others)
-        plain = map(walk.returned, outputs, self.output_names)
-        return jax.tree.unflatten(self.output_tree, plain)
+        arrays = map(walk.returned, outputs, self.output_names)
+        count = len(self.output_names) + len(self.static_outputs)
+        static = self.static_outputs
+        every = [static[place] if place in static else next(arrays) for place in range(count)]
+        return jax.tree.unflatten(self.output_tree, every)
 
 
 def trace(function: Callable[..., Any], params: Any, args: tuple, kwargs: dict) -> Traced:
     """Trace ``function(params, *args, **kwargs)`` on shapes.
 
     Leaves without a shape and dtype (flags, strings, Python numbers) are static: the function
-    sees them as they are.
+    sees them as they are, and gives them back as it does without being traced.
     """
     leaves, tree = jax.tree.flatten((params, args, kwargs))
     dynamic = [index for index, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -239,9 +245,10 @@ def trace(function: Callable[..., Any], params: Any, args: tuple, kwargs: dict) 
         new_params, new_args, new_kwargs = jax.tree.unflatten(tree, filled)
         returned = function(new_params, *new_args, **new_kwargs)
         outputs, output_tree = tree_flatten_with_path(returned)
-        names = tuple(f"output{keystr(key)}" for key, _ in outputs)
-        output_structures.append((output_tree, names))
-        return [output for _, output in outputs]
+        names = tuple(f"output{keystr(key)}" for key, leaf in outputs if _is_array(leaf))
+        static = {place: leaf for place, (_, leaf) in enumerate(outputs) if not _is_array(leaf)}
+        output_structures.append((output_tree, names, static))
+        return [leaf for _, leaf in outputs if _is_array(leaf)]
 
     arrays = [leaves[index] for index in dynamic]
     jaxpr = jax.make_jaxpr(on_arrays)(*arrays)

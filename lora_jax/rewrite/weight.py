@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.site import Site
@@ -19,6 +20,9 @@ from lora_jax.variants import Factors, at_least_float32
 
 RANK = -1
 """The label of the rank axis."""
+
+FACTORS = ("a", "b", "magnitude", "replaced")
+"""The arrays that go with a weight's value; each axis of theirs has a label."""
 
 
 class NotLowRank(Exception):
@@ -105,6 +109,8 @@ class Weight:
     b: Factor | None = None
     magnitude: Factor | None = None
     """DoRA's m / ‖W + ΔW‖, over stack and output axes; None elsewhere."""
+    replaced: Factor | None = None
+    """Which entries of an axis are replaced: there the base counts for nothing. None elsewhere."""
     scale: float = field(default=1.0, metadata={"static": True})
     others: tuple[str, ...] = field(default=(), metadata={"static": True})
     """Paths of the leaves that are stacked with the site's own."""
@@ -132,8 +138,9 @@ class Weight:
 
     def map_factors(self, operation: Callable[[Factor], Factor]) -> "Weight":
         """The weight with ``operation`` applied to every factor; the value stays."""
-        mapped = [None if f is None else operation(f) for f in (self.a, self.b, self.magnitude)]
-        return replace(self, a=mapped[0], b=mapped[1], magnitude=mapped[2])
+        factors = {name: getattr(self, name) for name in FACTORS}
+        mapped = {name: f if f is None else operation(f) for name, f in factors.items()}
+        return replace(self, **mapped)
 
     def viewed(self, value: jax.Array, axes: Iterable[Axis] | None = None) -> "Weight":
         """The weight after an operation that gave ``value`` and reordered or dropped axes."""
@@ -148,9 +155,10 @@ def symbolic_weight(site: Site, value: jax.Array, factors: Factors | None) -> We
     stack, inputs, outputs = site.axes("stack"), site.axes("in"), site.axes("out")
     a = Factor(factors.a, (*stack, *inputs, RANK))
     b = Factor(factors.b, (*stack, RANK, *outputs))
-    m = factors.magnitude
+    m, rows = factors.magnitude, factors.replaced
     magnitude = None if m is None else Factor(m, (*stack, *outputs))
-    return Weight(site, axes, value, a, b, magnitude, factors.scale)
+    replaced = None if rows is None else Factor(rows, (0,))
+    return Weight(site, axes, value, a, b, magnitude, replaced, factors.scale)
 
 
 def effective_value(weight: Weight) -> jax.Array:
@@ -160,7 +168,10 @@ def effective_value(weight: Weight) -> jax.Array:
     a, b = (replace(f, array=at_least_float32(f.array)) for f in (weight.a, weight.b))
     product = contract(a, b, [RANK], preferred_element_type=a.array.dtype)
     delta = product.grouped(*((label,) for label in weight.labels)) * weight.scale
-    total = at_least_float32(weight.value) + delta
+    base = at_least_float32(weight.value)
+    if weight.replaced is not None:
+        base = jnp.where(weight.replaced.over(weight.labels), 0, base)
+    total = base + delta
     if weight.magnitude is not None:
         total = total * weight.magnitude.over(weight.labels)
     return total.astype(weight.value.dtype)
@@ -196,20 +207,15 @@ def leading_slices(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
     """
     label = weight.axes[0].label
     sliced = weight.map_factors(lambda f: f.leading(label) if label in f.labels else f)
-    factors = (sliced.a, sliced.b, sliced.magnitude)
-    carried = [f.array if f is not None and label in f.labels else None for f in factors]
+    factors = {name: getattr(sliced, name) for name in FACTORS}
+    carried = {name: f.array for name, f in factors.items() if f is not None and label in f.labels}
 
-    def rebuild(arrays: tuple[jax.Array, list[jax.Array | None]]) -> Weight:
+    def rebuild(arrays: tuple[jax.Array, dict[str, jax.Array]]) -> Weight:
         value, parts = arrays
-        a, b, magnitude = (_inner(f, part) for f, part in zip(factors, parts, strict=True))
-        axes = weight.axes[1:]
-        return replace(weight, axes=axes, value=value, a=a, b=b, magnitude=magnitude)
+        inner = {name: Factor(part, factors[name].labels[1:]) for name, part in parts.items()}
+        return replace(weight, axes=weight.axes[1:], value=value, **{**factors, **inner})
 
     return (weight.value, carried), rebuild
-
-
-def _inner(factor: Factor | None, part: jax.Array | None) -> Factor | None:
-    return factor if factor is None or part is None else Factor(part, factor.labels[1:])
 
 
 def fresh_label(weight: Weight) -> int:

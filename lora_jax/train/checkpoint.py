@@ -11,9 +11,10 @@ renamed; a run that is killed at any moment leaves the checkpoints before it as 
 reader looks at every digest before it looks at anything else.
 """
 
+import contextlib
+import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +25,11 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
 from lora_jax.errors import InputError
-from lora_jax.files import atomic_directory, read_json, sync_tree, write_text
+from lora_jax.files import atomic_directory, read_json, remove_directory, sync_tree, write_text
 from lora_jax.manifest import MANIFEST, checked_base, to_json, write_manifest
 
 STATE, PROGRESS = "state", "progress.json"
 _NAME = re.compile(r"step-(\d{8})")
-_TEMPORARY = re.compile(r"\.step-\d{8}\.tmp-.*")
 
 Extras = Callable[[Path], None]
 """Writes more into a checkpoint's directory before it is closed."""
@@ -66,9 +66,9 @@ def save(
     directory = root / f"step-{step:08d}"
     arrays = _named_arrays(state)
     if directory.exists():
-        shutil.rmtree(directory)  # The same step again, after a resume that was forced.
+        remove_directory(directory)  # The same step again, after a resume that was forced.
     try:
-        with atomic_directory(directory) as folder:
+        with atomic_directory(directory) as folder, _silent_orbax():
             _orbax().save((folder / STATE).absolute(), args=_save_args(arrays))
             write_text(folder / PROGRESS, to_json(progress))
             extras(folder)
@@ -123,12 +123,14 @@ def look(root: Path, step: int) -> Checkpoint:
     names = {str(path.relative_to(directory)) for path in _files(directory)} - {MANIFEST}
     try:
         about = checked_base(directory, names)
+        if about != {"step": step}:
+            raise InputError(f"{directory / MANIFEST} says {about}, expected {{'step': {step}}}")
         progress = read_json(directory / PROGRESS)
     except InputError as error:
         others = [other for other in steps(root) if other != step]
         hint = f"to resume from update {max(others)} instead, remove it" if others else "start anew"
         raise InputError(f"{error}; {hint}") from error
-    return Checkpoint(directory, about["step"], progress)
+    return Checkpoint(directory, step, progress)
 
 
 def latest(root: Path) -> Checkpoint | None:
@@ -141,20 +143,11 @@ def latest(root: Path) -> Checkpoint | None:
     return look(root, found[-1]) if found else None
 
 
-def remove_unfinished(root: Path) -> list[str]:
-    """Delete what killed runs left half written; the names of what was deleted."""
-    entries = list(root.iterdir()) if root.is_dir() else []
-    unfinished = [entry for entry in entries if _TEMPORARY.fullmatch(entry.name)]
-    for entry in unfinished:
-        shutil.rmtree(entry)
-    return [entry.name for entry in unfinished]
-
-
 def prune(root: Path, keep: int, spare: int | None = None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the one of update ``spare``."""
     for step in steps(root)[:-keep]:
         if step != spare:
-            shutil.rmtree(root / f"step-{step:08d}")
+            remove_directory(root / f"step-{step:08d}")
 
 
 class Saver:
@@ -238,6 +231,17 @@ def _orbax() -> Any:
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+    """Orbax logs the traceback of an error that it raises as well."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _save_args(arrays: Mapping[str, np.ndarray]) -> Any:

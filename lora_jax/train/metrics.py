@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files import atomic_file
+
 
 def append_metrics(path: Path, **record: Any) -> None:
     """Append one JSON object as a line of ``path``.
@@ -44,4 +46,5 @@ def plot_loss(path: Path, losses: Sequence[float | None], heldout: dict[int, flo
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120)
