@@ -162,13 +162,13 @@ def _seen(traced: Traced, sites: list[Site]) -> dict[str, list[Note]]:
     walk = Walk(seen)
     planned = Plan(tuple(site for site in sites if site.roles), 0)
 
-    def run(leaves: dict[str, Any], others: list[Any], adapter: Adapter) -> Any:
+    def run(leaves: dict[str, Any], others: list[Any], adapter: Adapter) -> None:
         weights = {
             site.path: symbolic_weight(site, leaf, _factors(site, leaf, adapter))
             for site in sites
             for leaf in [leaves[site.path]]
         }
-        return traced._replace(leaves=leaves, others=others).run(walk, weights)
+        traced._replace(leaves=leaves, others=others).run(walk, weights)
 
     jax.eval_shape(run, traced.leaves, traced.others, shapes_of(planned))
     notes = list(seen.values())

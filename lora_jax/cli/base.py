@@ -117,18 +117,19 @@ def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None
         adapter,
         plan,
         keymap=LLAMA,
+        params=base.params,
         base_model_name=base.name,
         base=about,
         overwrite=True,
     )
 
 
-def require_writable(plan: Plan) -> None:
+def require_writable(plan: Plan, params: Any) -> None:
     """Raise one InputError naming every site that a PEFT directory can't hold."""
     from interop import peft
     from interop.keymaps import LLAMA
 
-    peft.require_writable(plan, keymap=LLAMA)
+    peft.require_writable(plan, keymap=LLAMA, params=params)
 
 
 def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:

@@ -108,6 +108,26 @@ PLANNING = {
         lambda: plan(targets=Rule("up/kernel", variant="rows")),
         ["variant 'rows' needs the rows to train"],
     ),
+    "rows that are no numbers": (
+        lambda: plan(targets=Rule("up/kernel", variant="rows", rows=("a", 1.5))),
+        ["needs the rows to train", "got ('a', 1.5)"],
+    ),
+    "settings of factors that there are not": (
+        lambda: plan(targets=Rule("up/bias", variant="full", rank=3, dropout=0.5)),
+        ["'up/bias' has no factors to set rank, dropout of: drop them"],
+    ),
+    "a preset in other letters": (
+        lambda: plan(targets="all_linear"),
+        ["target 'all_linear' matches no leaf (nearest: all-linear"],
+    ),
+    "all of a config at once": (
+        lambda: plan(targets="up/kernel", rank=0, axes=(("up/kernel", "input"),), use_rslora="no"),
+        ["rank of 'up/kernel'", "axis roles 'input'", "use_rslora must be True or False"],
+    ),
+    "arguments in another order": (
+        lambda: lora.plan(PARAMS, model_fn, X, config=LoraConfig(2, targets="up/kernel")),
+        ["model_fn is a dict: the function comes first"],
+    ),
     "declared axes as a list": (
         lambda: lora.plan_from_axes(PARAMS, LoraConfig(2, targets="up/kernel"), ["in out"]),
         ["axes is ['in out']: give a mapping"],
@@ -222,6 +242,28 @@ def test_an_unknown_mode_or_form_is_refused():
     planned = plan(targets="up/kernel")
     assert_refused(lambda: lora.adapt(model_fn, planned, mode="merged"), ["mode 'merged'"])
     assert_refused(lambda: lora.explain(planned, form="html"), ["form 'html'", "'json'"])
+
+
+def test_what_is_no_plan_is_refused():
+    planned, adapter = plan(targets="up/kernel"), adapter_with()
+    for call in (
+        lambda: lora.merge(PARAMS, planned, adapter),
+        lambda: lora.explain({}),
+        lambda: lora.init(jax.random.key(0), PARAMS, LoraConfig(2, targets="up/kernel")),
+        lambda: lora.adapt(model_fn, LoraConfig(2, targets="up/kernel")),
+        lambda: lora.rounding_loss(PARAMS, PARAMS, planned, adapter),
+    ):
+        assert_refused(call, ["the plan is a ", "make it with plan("])
+    assert_refused(lambda: lora.cast(adapter, "int8"), ["can't be int8"])
+
+
+def test_a_model_with_a_dropout_key_of_its_own_is_refused():
+    planned = plan(targets="up/kernel")
+
+    def own(params, x, dropout_key=None):
+        return model_fn(params, x)
+
+    assert_refused(lambda: lora.adapt(own, planned), ["has a parameter dropout_key"])
 
 
 def test_dropout_in_merge_mode_is_refused():

@@ -1,6 +1,7 @@
 """What a plan says, and what it refuses."""
 
 import inspect
+import json
 from typing import NamedTuple
 
 import jax
@@ -286,3 +287,25 @@ def test_a_weight_used_twice_by_one_operation_is_told_as_merged():
     config = LoraConfig(rank=1, targets="w")
     with pytest.raises(InputError, match=r"is merged at .*another adapted weight"):
         lora.plan(squared, {"w": jnp.ones((4, 4))}, X, config=config, strict=True)
+
+
+def test_outputs_that_are_no_arrays_come_back_as_they_are():
+    def described(params, x):
+        return {"y": x @ params["q_proj"]["kernel"], "name": "q", "count": 3, "of": model_fn}
+
+    plan = lora.plan(described, PARAMS, X, config=LoraConfig(2, targets="q_proj/kernel"))
+    adapter = lora.init(jax.random.key(0), PARAMS, plan)
+    got = lora.adapt(described, plan)(PARAMS, adapter, X)
+    assert (got["name"], got["count"], got["of"]) == ("q", 3, model_fn)
+    assert (got["y"] == described(PARAMS, X)["y"]).all()
+
+
+def test_sequences_of_any_kind_may_be_given():
+    params = {"w": jnp.ones((2, 4, 4)), "e": jnp.ones((9, 4))}
+    rules = (Rule("w", rank=[1, 2]), Rule("e", variant="rows", rows=range(5, 7)))
+    config = LoraConfig(targets=list(rules), alpha=[2.0, 4.0])
+    plan = lora.plan_from_axes(params, config, {"w": "stack in out", "e": "in out"})
+    assert (plan["w"].ranks, plan["w"].scale, plan["e"].rows) == ((1, 2), 2.0, (5, 6))
+    assert hash(plan)
+    told = {site["path"]: site for site in json.loads(lora.explain(plan, form="json"))["sites"]}
+    assert told["e"]["rows"] == [5, 6]

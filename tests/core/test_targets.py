@@ -10,6 +10,7 @@ import lora_jax as lora
 from lora_jax import InputError, LoraConfig, Rule
 from lora_jax.models.decoder import Decoder, init_params
 from lora_jax.models.presets import TINY
+from lora_jax.targets import kind_of
 
 TOKENS = jax.ShapeDtypeStruct((2, 8), jnp.int32)
 DECODER = jax.eval_shape(lambda: init_params(jax.random.key(0), TINY))
@@ -64,6 +65,37 @@ def test_an_embedding_or_a_head_is_picked_by_name_alone():
     [embedding] = [path for path in lora.paths.named_leaves(DECODER) if "embed" in path]
     assert embedding not in picked("all-linear")
     assert embedding in picked(("all-linear", ".*embed.*"))
+
+
+NAMED = {
+    "attention": (
+        "h/0/attn/output/kernel", "layers/0/wo/kernel", "encoder/0/self_attention/out/kernel",
+        "blocks/1/att/output", "params/MultiHeadDotProductAttention_0/query/kernel",
+        "layers/self_attn/q_proj/kernel", "layer/0/attention/output/dense/kernel",
+    ),
+    "mlp": (
+        "h/0/mlp/wo/kernel", "block/0/DenseReluDense/wo", "ffn/key/kernel", "mlp/output/kernel",
+        "mlp/shared/kernel", "layers/3/fc1/kernel", "layers/moe/experts/w1",
+        "layer/0/intermediate/dense/kernel", "ff/net_0/proj/kernel",
+    ),
+    None: ("up/0/conv/kernel", "patch/kernel", "params/Dense_0/kernel", "pooler/dense/kernel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "kind"), [(p, k) for k, paths in NAMED.items() for p in paths])
+def test_the_block_nearest_to_the_leaf_says_what_it_is(path, kind):
+    assert kind_of(path) == kind
+
+
+@pytest.mark.parametrize("path", [
+    "lm_head/kernel", "cls/predictions/decoder/kernel", "LMHead/kernel", "heads_0/kernel",
+    "logits_dense/kernel", "output_projection/kernel", "score/weight", "embed/embedding",
+])  # fmt: skip
+def test_heads_are_in_no_preset(path):
+    params = {path: jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+    for preset in ("all-linear", "attention", "mlp", "square"):
+        with pytest.raises(InputError, match="matches no leaf"):
+            lora.plan_from_axes(params, LoraConfig(2, targets=preset), {".*": "in out"})
 
 
 class Vit(nn.Module):

@@ -245,6 +245,22 @@ def test_rows_of_a_tied_embedding_are_trained_in_both_uses():
     np.testing.assert_array_equal(merged[untouched], TABLE["embed"][untouched])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_replaced_rows_count_for_nothing_whatever_they_held(dtype):
+    table = jnp.asarray(TABLE["embed"], dtype).at[3].set(jnp.nan).at[6].set(300)
+    config = LoraConfig(targets=Rule("embed", variant="rows", rows=(3, 6)))
+    plan = lora.plan(tied, {"embed": table}, IDS, config=config)
+    adapter = {"embed": lora.Rows((3, 6), jnp.full((2, 4), 0.123))}
+    low_rank, merge = (
+        lora.adapt(tied, plan, mode=mode)({"embed": table}, adapter, IDS)
+        for mode in ("low_rank", "merge")
+    )
+    assert np.isfinite(np.asarray(low_rank, np.float32)).all()
+    np.testing.assert_allclose(
+        np.asarray(low_rank, np.float32), np.asarray(merge, np.float32), atol=1e-6
+    )
+
+
 def test_rows_of_a_head_that_is_stored_outputs_first():
     params = {"head": normal(7, 4)}
     config = LoraConfig(targets=Rule("head", variant="rows", rows=(0, 5)))
@@ -297,3 +313,52 @@ def test_many_adapters_of_a_variant_in_one_vmap(variant):
     for i, adapter in enumerate(adapters):
         alone = lora.adapt(network, plan)(NETWORK, adapter, X)
         np.testing.assert_allclose(together[i], alone, rtol=1e-10)
+
+
+def test_the_scale_can_not_overflow_float16():
+    params, x = {"w": jnp.zeros((4, 6), jnp.float16)}, jnp.full((1, 4), 2000.0, jnp.float16)
+    plan = lora.plan(lambda p, x: x @ p["w"], params, x, config=LoraConfig(2, 64.0, "w"))
+    adapter = {"w": lora.LoraPair(jnp.ones((4, 2)), jnp.full((2, 6), 1e-4))}
+    low_rank, merge = (
+        lora.adapt(lambda p, x: x @ p["w"], plan, mode=mode)(params, adapter, x)
+        for mode in ("low_rank", "merge")
+    )
+    np.testing.assert_allclose(low_rank, merge, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("weight", "activation"), [
+    (jnp.float32, jnp.complex64), (jnp.float32, jnp.float64), (jnp.bfloat16, jnp.float32),
+])  # fmt: skip
+def test_an_activation_may_be_wider_than_the_weight(weight, activation):
+    params, x = {"w": normal(4, 6).astype(weight)}, normal(5, 4).astype(activation)
+
+    def model_fn(params, x):
+        dims = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, params["w"], dims, preferred_element_type=activation)
+
+    plan = lora.plan(model_fn, params, x, config=LoraConfig(2, targets="w"))
+    adapter = random_adapter(plan)
+    got = lora.adapt(model_fn, plan)(params, adapter, x)
+    delta = adapter["w"].a @ adapter["w"].b * plan["w"].scale
+    assert got.dtype == activation
+    np.testing.assert_allclose(got, model_fn(params, x) + x @ delta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_outlives_the_adapter():
+    plan = lora.plan(network, NETWORK, X, config=LoraConfig(targets=Rule("norm", variant="full")))
+    adapter = jax.tree.map(lambda s: jnp.ones(s.shape, jnp.float64), shapes_of(plan))
+    merged = lora.merge(NETWORK, adapter, plan)
+    jax.jit(lambda a: jax.tree.map(lambda x: x + 1, a), donate_argnums=0)(adapter)
+    assert (merged["norm"] == 1).all()
+
+
+def test_a_leaf_trained_whole_is_plain_where_weights_are_stacked():
+    params = {"a": normal(4, 4), "b": normal(4, 4)}
+
+    def model_fn(params, x):
+        return scanned({"w": jnp.stack([params["a"], params["b"]])}, x)
+
+    config = LoraConfig(2, targets=("a", Rule("b", variant="full")))
+    plan = lora.plan(model_fn, params, X, config=config, strict=True)
+    assert [use.operation for use in plan["b"].uses]
+    assert_low_rank_equals_merge(model_fn, plan, params, random_adapter(plan), X)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import warnings
 
 import jax
@@ -33,13 +34,13 @@ Q, K = "layers/self_attn/q_proj/kernel", "layers/self_attn/k_proj/kernel"
 Q_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
-def model_fn(params, tokens):
-    return Decoder(DECODER).apply({"params": params}, tokens)[0]
+def model_fn(params, tokens, decoder=DECODER):
+    return Decoder(decoder).apply({"params": params}, tokens)[0]
 
 
 @functools.cache
-def base_params():
-    leaves = init_params(jax.random.key(0), DECODER)
+def base_params(decoder=DECODER):
+    leaves = init_params(jax.random.key(0), decoder)
     # Larger projections, so that attention is not uniform.
     return jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim == 3 else leaf, leaves)
 
@@ -62,8 +63,25 @@ def trained(params, **config):
     }, plan
 
 
-def our_logits(params, adapter, plan):
-    return np.asarray(jax.jit(lora.adapt(model_fn, plan))(params, adapter, TOKENS))
+def moved(params, plan):
+    """An adapter of any variants, of which every value was trained."""
+    rng = np.random.default_rng(2)
+    adapter = lora.init(jax.random.key(3), params, plan)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), adapter)
+    adapter = lora.cast(adapter, jnp.float32)
+    return {s.path: cut(adapter[s.path], s.ranks) if s.ranks else adapter[s.path]
+            for s in plan.sites}  # fmt: skip
+
+
+def cut(pair, ranks):
+    """With zeros beyond each layer's rank."""
+    inside = jnp.arange(pair.a.shape[-1]) < jnp.array(ranks)[:, None]
+    return pair._replace(a=pair.a * inside[:, None, :], b=pair.b * inside[:, :, None])
+
+
+def our_logits(params, adapter, plan, decoder=DECODER):
+    adapted = lora.adapt(functools.partial(model_fn, decoder=decoder), plan)
+    return np.asarray(jax.jit(adapted)(params, adapter, TOKENS))
 
 
 def torch_logits(model):
@@ -71,12 +89,12 @@ def torch_logits(model):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
-def load_with_peft(params, directory):
+def load_with_peft(params, directory, decoder=DECODER):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # What PEFT calls in transformers, whatever the adapter.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return reference.PeftModel.from_pretrained(hf.to_transformers(DECODER, params), directory)
+        return reference.PeftModel.from_pretrained(hf.to_transformers(decoder, params), directory)
 
 
 def edit_config(directory, **changes):
@@ -93,11 +111,15 @@ def edit_tensors(directory, edit):
     torch_io.write(directory / WEIGHTS, tensors)
 
 
-def save_with_peft(params, directory, config, **kwargs):
+def save_with_peft(params, directory, config, decoder=DECODER, **kwargs):
+    """A directory from PEFT, in whose adapter nothing is as it was at the start."""
     torch.manual_seed(0)
     config = reference.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = reference.get_peft_model(hf.to_transformers(DECODER, params), config).eval()
-        model.save_pretrained(directory, save_embedding_layers=False, **kwargs)
+        model = reference.get_peft_model(hf.to_transformers(decoder, params), config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not re.search("lora_(embedding_)?[AB]", name):
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(directory, **{"save_embedding_layers": False, **kwargs})
     return model

@@ -17,7 +17,9 @@ import lora_jax as lora
 from interop import peft
 from interop.keymaps import LLAMA, Keymap, Rule, module_name
 from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from interop.peft_config import PeftConfig, adapted_modules, config_of, module_names
+from interop.peft_config_writing import config_of
+from interop.peft_layout import Base, settings_of
+from interop.peft_matching import PeftConfig, adapted_modules
 from lora_jax.manifest import MANIFEST
 from lora_jax.models.decoder import param_shapes
 from lora_jax.site import Plan, Site
@@ -185,7 +187,7 @@ def test_targets_are_full_names_where_a_suffix_would_match_more():
         )
     )
     site = Site("encoder/kernel", (2, 4, 6), "float32", ("stack", "in", "out"), 2, 1.0)
-    config = config_of(Plan((site,), 48), keymap, None, None)
+    config = config_of(Plan((site,), 48), Base(keymap), None, None)
     assert config["target_modules"] == ["encoder.0.proj", "encoder.1.proj"]
 
 
@@ -193,10 +195,10 @@ def test_patterns_are_for_one_leaf_each(params):
     """So that PEFT, which takes the first that matches, does not depend on their order."""
     targets = tuple(lora.Rule(f".*/{n}/kernel", rank=r + 1) for r, n in enumerate(PROJECTIONS))
     plan = planned(params, rank=1, alpha=8, targets=targets)
-    patterns = config_of(plan, LLAMA, None, None)["rank_pattern"]
+    patterns = config_of(plan, Base(LLAMA), None, None)["rank_pattern"]
     assert len(patterns) == len(PROJECTIONS) - 1
     for site in plan.sites:
-        for module in module_names(site, LLAMA):
+        for module in settings_of(site, Base(LLAMA)):
             for beside in (module, f"other.{module}", f"{module}_too"):
                 keys = [key for key in patterns if get_pattern_key([key], beside) == key]
                 ranks = [patterns[key] for key in keys]
@@ -207,8 +209,8 @@ def test_patterns_are_for_one_leaf_each(params):
 def test_alpha_reads_back_to_the_same_scale(alpha, rank, use_rslora):
     def through_a_file(scale):
         site = Site("lm_head/kernel", (4, 6), "float32", ("in", "out"), rank, scale)
-        config = config_of(Plan((site,), 24), LLAMA, None, None)
-        config = PeftConfig(rank, config["lora_alpha"], False, None, None, ["lm_head"], None)
+        config = config_of(Plan((site,), 24), Base(LLAMA), None, None)
+        config = PeftConfig(rank, config["lora_alpha"], ["lm_head"])
         return config.lora_alpha, adapted_modules(config, ["lm_head"])["lm_head"].scale
 
     scale = alpha / (rank**0.5 if use_rslora else rank)
@@ -220,7 +222,7 @@ def test_alpha_reads_back_to_the_same_scale(alpha, rank, use_rslora):
 @pytest.mark.parametrize(("alpha", "rank"), [(16, 3), (1, 49), (3.3, 7), (32, 12), (0.1, 3)])
 def test_alpha_is_written_as_it_was_given(alpha, rank):
     site = Site("lm_head/kernel", (4, 6), "float32", ("in", "out"), rank, alpha / rank)
-    written = config_of(Plan((site,), 24), LLAMA, None, None)["lora_alpha"]
+    written = config_of(Plan((site,), 24), Base(LLAMA), None, None)["lora_alpha"]
     assert written == alpha
     assert type(written) is type(alpha)
 
@@ -238,4 +240,4 @@ def test_a_directory_from_peft_says_nothing_about_its_base(tmp_path, params):
 
 def test_module_names_follow_the_layers():
     site = Site(Q, (3, 64, 64), "float32", ("stack", "in", "out"), 2, 1.0)
-    assert module_names(site, LLAMA) == [module_name(Q, LLAMA, layer) for layer in range(3)]
+    assert [*settings_of(site, Base(LLAMA))] == [module_name(Q, LLAMA, layer) for layer in range(3)]

@@ -16,6 +16,7 @@ from lora_jax.manifest import MANIFEST
 from lora_jax.site import Plan, Site
 
 from peft_cases import (
+    DECODER,
     PROJECTIONS,
     Q_A,
     K,
@@ -23,10 +24,13 @@ from peft_cases import (
     base_params,
     edit_config,
     edit_tensors,
+    moved,
     planned,
     save_with_peft,
     trained,
 )
+
+TIED = replace(DECODER, tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +127,17 @@ CONFIG_FAULTS = {
     "alpha_pattern": ({"q_proj": "16"}, "positive finite"),
     "target_modules": (None, "module names or a pattern"),
     "exclude_modules": ([1], "module names or a pattern"),
-    "bias": ("all", "isn't supported"),
+    "bias": ("some", "one of ('none', 'all', 'lora_only')"),
     "init_lora_weights": ("pissa", "convert"),
-    "use_dora": (True, "DoRA"),
-    "modules_to_save": (["lm_head"], "trained whole"),
+    "use_dora": ("yes", "true or false"),
+    "ensure_weight_tying": (1, "true or false"),
+    "modules_to_save": ("lm_head", "a list of module names"),
     "lora_bias": (True, "a bias on B"),
-    "trainable_token_indices": ([1, 2], "token rows"),
+    "trainable_token_indices": ([1, 1], "a list of different tokens"),
     "alora_invocation_tokens": ([5], "activated"),
     "target_parameters": (["experts.gate_up_proj"], "bare parameters"),
-    "layers_to_transform": ([0, 1], "some layers"),
+    "layers_to_transform": ([0, -1], "a layer or a list of layers"),
+    "layers_pattern": ([1], "a name or a list of names"),
     "layer_replication": ([[0, 2], [1, 3]], "repeated"),
     "use_tomorrows_lora": ({"a": 1}, "not known"),
 }
@@ -181,7 +187,7 @@ def test_what_is_no_pattern_is_named(directory, params, key, pattern):
 
 
 def test_a_pattern_can_not_hang_the_reader(directory, params, monkeypatch):
-    monkeypatch.setattr("interop.peft_config._MATCHING_SECONDS", 0.5)
+    monkeypatch.setattr("interop.peft_matching._MATCHING_SECONDS", 0.5)
     for key, pattern in zip(KEYS, BOMBS, strict=True):
         edit_config(directory, target_modules=PROJECTIONS, exclude_modules=None)
         edit_config(directory, **{key: {pattern: 4} if key == "rank_pattern" else pattern})
@@ -193,11 +199,10 @@ def test_a_pattern_can_not_hang_the_reader(directory, params, monkeypatch):
 
 TARGET_FAULTS = {
     "nothing": (["query"], ("['query']", "no module")),
-    "embedding": (["q_proj", "embed_tokens"], ("model.embed_tokens", "not a linear layer")),
-    "norm": (["q_proj", "model.norm"], ("model.norm", "not a linear layer")),
+    "norm": (["q_proj", "model.norm"], ("model.norm", "not a linear layer or an embedding")),
     "one layer": (
         [*PROJECTIONS[:4], *PROJECTIONS[5:], "layers.1.self_attn.q_proj"],
-        (Q, "no adapter in layers 0, 2", "rank 4 and scale 2 in layers 1"),
+        ("unexpected", Q_A.replace("layers.1", "layers.0"), Q_A.replace("layers.1", "layers.2")),
     ),
 }
 
@@ -216,19 +221,63 @@ def test_a_target_without_a_leaf_is_named(directory, params):
     assert "'lm_head' has no leaf 'lm_head/kernel'" in message
 
 
-def test_layers_of_unequal_rank_or_scale_are_named(tmp_path, params):
-    config = dict(
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "k_proj"],
-        rank_pattern={r"layers\.0\.self_attn\.q_proj": 2},
-        alpha_pattern={r"layers\.2\.self_attn\.k_proj": 1},
-    )
-    save_with_peft(params, tmp_path, config)
-    message = message_of(peft.read, tmp_path, params, keymap=LLAMA)
-    assert f"{Q!r} needs one rank and scale" in message
-    assert "rank 2 and scale 4 in layers 0; rank 4 and scale 2 in layers 1, 2" in message
-    assert f"{K!r} needs one rank and scale" in message
+CONTRADICTIONS = {
+    "layers of a pattern": (
+        dict(target_modules=r".*_proj", layers_to_transform=[1]), "target_modules is a pattern"
+    ),
+    "pattern without layers": (dict(layers_pattern="layers"), "without layers_to_transform"),
+    "no pattern of layers": (
+        dict(layers_pattern="(", layers_to_transform=[1]), "not a regular expression"
+    ),
+    "no pattern of saved": (dict(modules_to_save=["("]), "not a regular expression"),
+    "head and tokens": (
+        dict(trainable_token_indices={"lm_head": [1]}), "'lm_head', which is no embedding table"
+    ),
+    "unknown tokens": (dict(trainable_token_indices=[1, 96]), "[96] are outside the 96 rows"),
+    "adapted and in rows": (
+        dict(target_modules=["embed_tokens"], trainable_token_indices=[1]),
+        "'embed_tokens/embedding' is adapted and trained in some rows",
+    ),
+    "whole and in rows": (
+        dict(modules_to_save=["embed_tokens"], trainable_token_indices=[1]),
+        "'embed_tokens/embedding' is trained whole and trained in some rows",
+    ),
+    "one layer whole": (
+        dict(modules_to_save=["layers.1.input_layernorm"]),
+        "'layers/input_layernorm/scale' is trained whole in layers 1 alone",
+    ),
+    "one layer with magnitudes": (
+        dict(use_dora=True, layers_to_transform=1), f"{Q!r} has DoRA in layers 1 alone"
+    ),
+    "tensors of the saved": (dict(modules_to_save=["lm_head"]), "missing: base_model.model.lm"),
+    "magnitudes": (dict(use_dora=True), "self_attn.k_proj.lora_magnitude_vector"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_configs_that_can_not_be_followed_are_refused(directory, params, changes, reason):
+    edit_config(directory, **changes)
+    assert reason in message_of(peft.read, directory, params, keymap=LLAMA)
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return base_params(TIED)
+
+
+def test_an_adapter_of_one_side_of_tied_weights_is_refused(tmp_path, tied):
+    save_with_peft(tied, tmp_path, dict(r=2, target_modules=["embed_tokens"]), TIED)
+    message = message_of(peft.read, tmp_path, tied, keymap=LLAMA)
+    assert "'embed_tokens/embedding' is also the weight of lm_head" in message
+
+
+def test_tied_adapters_that_went_different_ways_are_refused(tmp_path, tied):
+    config = dict(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    save_with_peft(tied, tmp_path, config, TIED)
+    head = "base_model.model.lm_head.lora_A.weight"
+    edit_tensors(tmp_path, changed(head, lambda tensor: tensor + 1))
+    message = message_of(peft.read, tmp_path, tied, keymap=LLAMA)
+    assert f"{head} differs from base_model.model.model.embed_tokens.lora_embedding_B" in message
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
@@ -287,21 +336,73 @@ def test_no_directory(tmp_path, params):
     assert "no such directory" in message_of(peft.read, tmp_path / "x", params, keymap=LLAMA)
 
 
-def test_sites_that_have_no_linear_form_are_refused_by_name(tmp_path, params, pair):
+def test_sites_that_peft_has_no_form_for_are_refused_by_name(tmp_path, params, pair):
     plan = planned(params, rank=2, alpha=4, targets=("embed_tokens/embedding", r".*q_proj/.*"))
     heads = Site("layers/self_attn/v_proj/kernel", (3, 4, 16, 32), "float32",
                  ("stack", "in", "in", "out"), 2, 1.0)  # fmt: skip
+    norm = Site("norm/scale", (8, 8), "float32", ("in", "out"), 2, 1.0)
     other = Site("router/kernel", (4, 6), "float32", ("in", "out"), 2, 1.0)
-    plan = replace(plan, sites=(*plan.sites, heads, other))
+    plan = replace(plan, sites=(*plan.sites, heads, norm, other))
     adapter = {
         s.path: lora.LoraPair(jnp.full(s.a_shape, jnp.nan), jnp.ones(s.b_shape)) for s in plan.sites
     }
     message = message_of(peft.write, tmp_path / "adapter", adapter, plan, keymap=LLAMA)
-    assert "'embed_tokens/embedding' is not the weight of a linear layer" in message
+    assert "'embed_tokens/embedding' is stored according to what else the model has" in message
+    assert "'norm/scale' is not the weight of a linear layer or an embedding" in message
     assert "v_proj/kernel' has axis roles ('stack', 'in', 'in', 'out')" in message
     assert "'router/kernel' belongs to no known torch module" in message
     assert f"{Q!r} holds values that are not finite" in message
     assert list(tmp_path.iterdir()) == []
+
+
+EMBEDDING = "embed_tokens/embedding"
+FULL = {"variant": "full"}
+BIASED = replace(DECODER, attention_bias=True)
+UNWRITABLE = {
+    "two variants": (
+        DECODER,
+        (lora.Rule(Q, variant="dora"), K),
+        (f"variant 'dora' of {Q!r} beside 'lora' of {K!r}",),
+    ),
+    "no pair": (DECODER, (lora.Rule("norm/scale", **FULL),), ("no low-rank pair",)),
+    "rows of a linear layer": (
+        DECODER,
+        (lora.Rule("lm_head/kernel", variant="rows", rows=(1,)), Q),
+        ("'lm_head/kernel' is not an embedding table",),
+    ),
+    "two magnitudes": (
+        TIED,
+        (lora.Rule(EMBEDDING, variant="dora"),),
+        ("'embed_tokens/embedding' is tied to lm_head", "magnitude of its own"),
+    ),
+    "a weight without its bias": (
+        BIASED,
+        (lora.Rule(K, **FULL), Q),
+        ("model.layers.0.self_attn.k_proj.bias", "train these too"),
+    ),
+    "some biases": (
+        BIASED,
+        (lora.Rule(".*k_proj/bias", **FULL), Q),
+        ("k_proj.bias", "('lora_only')", "('all')"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("decoder", "targets", "named"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_plans_that_peft_has_no_form_for_are_refused(decoder, targets, named):
+    params = base_params(decoder)
+    plan = planned(params, rank=2, alpha=4, targets=targets)
+    message = message_of(peft.require_writable, plan, keymap=LLAMA, params=params)
+    assert all(part in message for part in named), message
+
+
+def test_values_beyond_a_layers_rank_are_refused(tmp_path, params):
+    plan = planned(params, rank=(1, 3, 2), alpha=4, targets=Q)
+    adapter = moved(params, plan)
+    filled = {Q: adapter[Q]._replace(b=adapter[Q].b.at[2, 2, 5].set(1e-9))}
+    message = message_of(peft.write, tmp_path / "x", filled, plan, keymap=LLAMA)
+    assert f"{Q!r} holds values beyond its ranks (1, 3, 2)" in message
+    peft.write(tmp_path / "x", adapter, plan, keymap=LLAMA)
 
 
 def test_a_plan_without_sites_is_refused(tmp_path):

@@ -201,7 +201,7 @@ BAD_INJECTION = {
 }
 
 
-@pytest.mark.parametrize(("message", "case"), BAD_INJECTION.items(), ids=str)
+@pytest.mark.parametrize(("message", "case"), BAD_INJECTION.items(), ids=map(str, BAD_INJECTION))
 def test_what_injection_refuses(message, case):
     make, select, rank = case
     model = make()

@@ -248,7 +248,7 @@ BAD_TRAINING = {
 }
 
 
-@pytest.mark.parametrize(("message", "call"), BAD_TRAINING.items(), ids=str)
+@pytest.mark.parametrize(("message", "call"), BAD_TRAINING.items(), ids=map(str, BAD_TRAINING))
 def test_what_training_refuses(message, call):
     with pytest.raises(lora.InputError, match=message):
         call()
