@@ -33,7 +33,7 @@ def adapter_bytes(out):
 
 def log(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second", "positions_per_second")
+    clocks = ("seconds", "tokens_per_second", "positions_per_second", "flops_per_second")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 

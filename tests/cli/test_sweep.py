@@ -78,6 +78,7 @@ def test_the_table_and_the_report_have_the_best_first(swept):
     assert f"best      {best['name']}" in printed
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_sweep_is_what_train_makes_of_its_config(swept, tmp_path):
     out, _ = swept
     best, *others = (each for each in adapters_of(out / "sweep.json") if each["seed"] == 0)
@@ -107,6 +108,7 @@ def test_other_commands_read_an_adapter_of_the_sweep(swept, capsys):
     assert "with adapter: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_no_loss_is_a_number_the_status_says_so(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "out"
     words = ["sweep", "--model", "tiny", "--data", str(data), "--out", str(out), *SETTINGS]
@@ -151,6 +153,7 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_sweep_with_what_was_trained(tmp_path):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "out"
     words = ["sweep", "--model", "tiny", "--data", data, "--out", out, *SETTINGS, *GRID]

@@ -119,6 +119,7 @@ def test_5_every_flipped_bit_of_a_manifest_is_found(root, newest):
     require_each_found(path, changed, lambda: require_found(root, path))
 
 
+@pytest.mark.slow
 def test_4_a_file_of_a_checkpoint_cut_at_any_length_is_found(root, newest):
     for path in files_of(newest):
         content = path.read_bytes()

@@ -70,6 +70,7 @@ def test_the_task_is_uneven(task):
     assert (tokens == 0).any(), "the last update of an epoch has empty micro-batches"
 
 
+@pytest.mark.slow
 def test_one_pass_equals_accumulation(task, run):
     step = jax.jit(make_step(task.loss_fn, optimizer()), donate_argnums=0)
     state, losses = init_state(jax.tree.map(jnp.array, task.adapter), optimizer()), []
