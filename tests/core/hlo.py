@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
+
 PASSED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast"}
 """These name an array that something else computed."""
 
@@ -158,3 +160,12 @@ def _closing(text: str) -> int:
         if depth == 0:
             return place + 1
     raise ValueError(f"no closing parenthesis in {text!r}")
+
+
+def equations(jaxpr):
+    """All equations, those of inner functions among them: JAX 0.12 inlines a jit later."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

@@ -6,6 +6,8 @@ import numpy as np
 
 import lora_jax as lora
 
+from hlo import equations
+
 RNG = np.random.default_rng(0)
 
 
@@ -50,7 +52,7 @@ def test_factors_are_cast_where_the_function_casts_the_weight():
     plan = lora.plan(model_fn, params, x, config=lora.LoraConfig(rank=8, targets="w"))
     adapter = lora.init(jax.random.key(0), params, plan)
     jaxpr = jax.make_jaxpr(lora.adapt(model_fn, plan))(params, adapter, x)
-    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    dots = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(dots) == 3
     assert all(v.aval.dtype == jnp.bfloat16 for eqn in dots for v in eqn.invars)
     low_rank = [eqn.outvars[0].aval.dtype for eqn in dots if 8 in eqn.outvars[0].aval.shape]

@@ -19,6 +19,8 @@ from lora_jax.models.attention import attention_context
 from lora_jax.models.decoder import Block, init_params
 from lora_jax.models.presets import TINY
 
+from hlo import equations
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 X = np.random.default_rng(1).normal(size=(5, 4))
@@ -303,7 +305,7 @@ def test_bfloat16_compute_over_float32_weights():
     assert checked.output.dtype == jnp.bfloat16
     assert {grad.dtype for grad in jax.tree.leaves(checked.grads)} == {jnp.dtype(jnp.float32)}
     jaxpr = jax.make_jaxpr(checked.adapted)(params, checked.adapter, X)
-    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    products = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(products) == 3
     for eqn in products:
         assert {var.aval.dtype for var in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
