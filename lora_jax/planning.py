@@ -83,7 +83,7 @@ def plan(
         raise InputError(
             f"model_fn is a {type(model_fn).__name__}: the function comes first, then its params"
         )
-    leaves = {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
+    leaves = _arrays(params)
     traced = trace(model_fn, params, args, kwargs)
     watched = [
         _unplanned(path, leaf) for path, leaf in leaves.items() if _watched(path, leaf, config)
@@ -119,7 +119,7 @@ def plan_from_axes(params: Any, config: LoraConfig, axes: Mapping[str, str]) -> 
     require_config(config)
     if not isinstance(axes, Mapping):
         raise InputError(f"axes is {axes!r}: give a mapping such as {{'.*kernel': 'in out'}}")
-    leaves = {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
+    leaves = _arrays(params)
     config = replace(config, axes=(*config.axes, *axes.items()))
     known = {path: _declared(path, leaf, config) for path, leaf in leaves.items()}
     sites, problems = select(
@@ -127,6 +127,10 @@ def plan_from_axes(params: Any, config: LoraConfig, axes: Mapping[str, str]) -> 
     )
     raise_all(problems)
     return Plan(tuple(sites), _parameters(leaves))
+
+
+def _arrays(params: Any) -> dict[str, Any]:
+    return {path: leaf for path, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
 
 
 def _watched(path: str, leaf: Any, config: LoraConfig) -> bool:

@@ -5,7 +5,7 @@ picks an embedding table or an output head, which have to be asked for by name.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Target = str | Callable[[str, Any], bool]
@@ -124,16 +124,6 @@ def matches(target: Target, leaf: Leaf) -> bool:
     if target in PRESETS:
         return leaf.matrix is not None and PRESETS[target](leaf)
     return re.fullmatch(target, leaf.path) is not None
-
-
-def first_match(targets: Iterable[Target], leaf: Leaf) -> Target | None:
-    """The first target that picks ``leaf``; None if none does."""
-    return next((target for target in targets if matches(target, leaf)), None)
-
-
-def is_static(target: Target) -> bool:
-    """Whether the target is decided by path and shape alone, without knowing any use."""
-    return target not in PRESETS
 
 
 def described(target: Target) -> str:

@@ -1,13 +1,15 @@
 """Everything that is read, loaded and planned before a run costs time or writes anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
+from lora_jax.adapter import shapes_of
 from lora_jax.cli import datasets
 from lora_jax.cli.base import Base, load_base, require_writable
 from lora_jax.cli.options import DeviceOptions, LoraOptions, OptimOptions, require_ranges
@@ -119,6 +121,13 @@ def optimizer_of(options: OptimOptions, steps: int) -> Any:
     )
 
 
+def dropout_keys(seed: int, update: int, numbers: Iterable[int]) -> np.ndarray:
+    """(micro-batches, 2) uint32: keys that depend on the run's seed, the update and the number."""
+    of_update = jax.random.fold_in(jax.random.key(seed), update)
+    keys = [jax.random.key_data(jax.random.fold_in(of_update, int(each))) for each in numbers]
+    return np.stack(keys)
+
+
 def shards_of(options: DeviceOptions) -> int:
     """Micro-batches that all devices compute side by side."""
     if options.placement == "single":
@@ -135,5 +144,4 @@ def placement_of(options: DeviceOptions, base: Base, plan: Plan) -> Placement:
     if options.placement == "pmap":
         return on_replicas()
     mesh = make_mesh(data=options.mesh_data, fsdp=options.mesh_fsdp, tensor=options.mesh_tensor)
-    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), base.params, plan))
-    return on_mesh(mesh, base.params, adapter, plan)
+    return on_mesh(mesh, base.params, shapes_of(plan), plan)

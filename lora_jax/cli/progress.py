@@ -7,23 +7,20 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.train.loop import StepReport
-
 LOG_EVERY = 10.0
 """Seconds between lines where the output is not a terminal."""
 
 
-class TrainingProgress:
-    """Shows update, loss, learning rate, tokens per second and time left.
+class UpdateProgress:
+    """Shows the update, a line about it and the time left.
 
     Args:
       console: where to show it.
-      steps: updates in the run.
-      positions: positions computed in an update, padding included.
+      steps: updates in all.
     """
 
-    def __init__(self, console: Console, steps: int, positions: int) -> None:
-        self._console, self._steps, self._positions = console, steps, positions
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
         self._logged = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -47,17 +44,14 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def show(self, report: StepReport, learning_rate: float) -> None:
-        """One update more."""
-        rate = self._positions / report.seconds
-        line = f"loss {report.loss:.3f} · lr {learning_rate:.1e} · {rate:,.0f} tok/s"
-        self._bar.update(self._task, completed=report.step, description=line)
-        if not self._console.is_terminal and self._is_due(report.step):
-            left = (self._steps - report.step) * report.seconds
-            self._console.print(f"update {report.step}/{self._steps} · {line} · {left:.0f} s left")
+    def show(self, update: int, line: str, in_a_log: str = "") -> None:
+        """One update more; a log, which has no bar, gets ``in_a_log`` after the line."""
+        self._bar.update(self._task, completed=update, description=line)
+        if not self._console.is_terminal and self._is_due(update):
+            self._console.print(f"update {update}/{self._steps} · {line}{in_a_log}")
 
-    def _is_due(self, step: int) -> bool:
-        due = step == self._steps or time.monotonic() - self._logged > LOG_EVERY
+    def _is_due(self, update: int) -> bool:
+        due = update == self._steps or time.monotonic() - self._logged > LOG_EVERY
         if due:
             self._logged = time.monotonic()
         return due

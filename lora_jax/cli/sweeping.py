@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +19,15 @@ from lora_jax.cli.datasets import Sequences
 from lora_jax.cli.preparing import (
     ModelFn,
     adapted_loss,
+    dropout_keys,
     logits_of_batch,
     lora_config,
     optimizer_of,
 )
+from lora_jax.cli.progress import UpdateProgress
 from lora_jax.cli.stopping import Stop
 from lora_jax.cli.sweep import Options
 from lora_jax.cli.sweep_grid import Setting, settings_of
-from lora_jax.cli.sweep_progress import SweepProgress
 from lora_jax.cli.sweep_results import Result, print_results, write_results
 from lora_jax.cli.tasks import Example, LossFn
 from lora_jax.cli.terminal import open_console
@@ -36,6 +37,7 @@ from lora_jax.train.many import Trained, evaluate_many, train_many
 from lora_jax.train.members import Member
 from lora_jax.train.partition import stop_gradients
 from lora_jax.train.precision import precision
+from lora_jax.train.step import StepMetrics
 
 DIVERGED = 1
 
@@ -134,7 +136,15 @@ def _train(task: Task, console: Console, stop: Stop) -> list[Trained]:
         # The learning rate is the last factor of an update, so the peak can come after all else.
         return optax.chain(optimizer_of(unit, steps), optax.scale(peak))
 
-    with SweepProgress(console, steps) as progress:
+    started = time.perf_counter()
+    with UpdateProgress(console, steps) as progress:
+
+        def observe(update: int, metrics: StepMetrics) -> None:
+            if update == 1:
+                took = time.perf_counter() - started
+                console.print(f"first update of {len(metrics.loss)} adapters after {took:.1f} s")
+            progress.show(update, _range_of_losses(metrics.loss))
+
         return train_many(
             task.loss_of,
             optimizer,
@@ -144,9 +154,14 @@ def _train(task: Task, console: Console, stop: Stop) -> list[Trained]:
             policy=precision(options.model.precision),
             accumulate=True,
             batch_axes=Example(None, 0 if options.lora.dropout else None),  # type: ignore[arg-type]
-            observe=progress.show,
+            observe=observe,
             should_stop=stop.requested,
         )
+
+
+def _range_of_losses(losses: np.ndarray) -> str:
+    finite = losses[np.isfinite(losses)]
+    return f"loss {finite.min():.3f} to {finite.max():.3f}" if len(finite) else "no finite loss"
 
 
 def _examples(task: Task) -> Iterator[Example]:
@@ -161,12 +176,7 @@ def _dropout_keys(task: Task, update: int) -> np.ndarray:
     """(members, micro-batches, 2) uint32: a member's as in a run of its own."""
     numbers = range(task.rows.batches.accumulate or 1)
 
-    @cache
-    def of_seed(seed: int) -> np.ndarray:
-        of_update = jax.random.fold_in(jax.random.key(seed), update)
-        keys = [jax.random.key_data(jax.random.fold_in(of_update, number)) for number in numbers]
-        return np.stack(keys)
-
+    of_seed = cache(partial(dropout_keys, update=update, numbers=numbers))
     return np.stack([of_seed(setting.seed) for setting in task.settings])
 
 

@@ -21,8 +21,8 @@ from lora_jax.cli.baseline import judge_base
 from lora_jax.cli.compilation_cache import enable_compilation_cache
 from lora_jax.cli.history import History, finite
 from lora_jax.cli.parsing import as_yaml
-from lora_jax.cli.preparing import optimizer_of, placement_of, prepare
-from lora_jax.cli.progress import TrainingProgress
+from lora_jax.cli.preparing import dropout_keys, optimizer_of, placement_of, prepare
+from lora_jax.cli.progress import UpdateProgress
 from lora_jax.cli.resuming import checkpoint_of, identity, resume_hint
 from lora_jax.cli.run_log import Sink, keep_up_to, sinks
 from lora_jax.cli.stopping import Stop
@@ -173,9 +173,7 @@ def _example(options: Options, own: np.ndarray, numbered: tuple[int, Batch]) -> 
     update, batch = numbered
     if not options.lora.dropout:
         return Example(batch)
-    of_update = jax.random.fold_in(jax.random.key(options.data.seed), update)
-    keys = [jax.random.key_data(jax.random.fold_in(of_update, int(number))) for number in own]
-    return Example(batch, np.stack(keys))
+    return Example(batch, dropout_keys(options.data.seed, update, own))
 
 
 def _train(
@@ -187,10 +185,9 @@ def _train(
     tx = optimizer_of(optim, run.steps)
     loss_fn = stop_gradients(run.task.loss_fn, optim.freeze) if optim.freeze else run.task.loss_fn
     step = run.placement.compile_step(partial(make_step, tx=tx, policy=policy), loss_fn)
-    positions = run.task.rows.batches.positions_per_step
     with (
         Saver(options.out / runs.CHECKPOINTS, options.run.keep) as saver,
-        TrainingProgress(run.console, run.steps, positions) as progress,
+        UpdateProgress(run.console, run.steps) as progress,
     ):
         watch = Watch(run, now, batches.position, saver, log, progress, started)
         state = fit(

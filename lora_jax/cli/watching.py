@@ -14,7 +14,7 @@ from lora_jax.cli import runs
 from lora_jax.cli.base import write_adapter
 from lora_jax.cli.history import History, finite
 from lora_jax.cli.preparing import schedule_of
-from lora_jax.cli.progress import TrainingProgress
+from lora_jax.cli.progress import UpdateProgress
 from lora_jax.cli.run_log import Sink
 from lora_jax.cli.tasks import Judgement, Task
 from lora_jax.cli.train import Options
@@ -75,7 +75,7 @@ class Watch:
         position: Callable[[], Any],
         saver: Saver,
         log: Sink,
-        progress: TrainingProgress,
+        progress: UpdateProgress,
         started: float,
     ) -> None:
         self._run, self._identity, self._position = run, identity, position
@@ -101,10 +101,16 @@ class Watch:
             "positions_per_second": run.task.rows.batches.positions_per_step / report.seconds,
             "flops_per_second": run.update_flops / report.seconds,
         })  # fmt: skip
-        self._progress.show(report, learning_rate)
+        self._show(report, learning_rate)
         history.gave_up |= report.faults >= run.options.run.max_faults
         if report.faults:
             run.console.print(_described(report, run), markup=False, soft_wrap=True)
+
+    def _show(self, report: StepReport, learning_rate: float) -> None:
+        rate = self._run.task.rows.batches.positions_per_step / report.seconds
+        line = f"loss {report.loss:.3f} · lr {learning_rate:.1e} · {rate:,.0f} tok/s"
+        left = (self._run.steps - report.step) * report.seconds
+        self._progress.show(report.step, line, f" · {left:.0f} s left")
 
     def pauses(self, done: int) -> bool:
         """Whether there is something to do after so many updates."""

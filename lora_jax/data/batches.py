@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_jax.data.batch_plan import BatchPlan, Shape, next_is_trained
-from lora_jax.data.batch_plan import plan_batches as plan_batches
 from lora_jax.data.packing import Packed
 from lora_jax.errors import InputError
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from lora_jax.data.chat import Encoded
 from lora_jax.data.faults import listed
-from lora_jax.data.fitting import fit_rows as fit_rows
 from lora_jax.data.fitting import refuse_long
 from lora_jax.errors import InputError
 

@@ -1,6 +1,5 @@
 """Micro-batches: dealt to the devices that compute them side by side, and their losses summed."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,9 +10,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.errors import InputError
+from lora_jax.train.gradients import LossFn
 from lora_jax.train.losses import LossSum
-
-LossFn = Callable[[Any, Any, Any], LossSum]
 
 
 class Deal(NamedTuple):

@@ -95,10 +95,3 @@ def decays(adapter: Any) -> Any:
         return kind != "full" or not _NORM_OR_BIAS.search(path_of(keys))
 
     return tree_map_with_path(applies, labels(adapter))
-
-
-def warmup_cosine(peak: float, steps: int, warmup: int, floor: float = 0.0) -> optax.Schedule:
-    """``schedule("cosine", ...)`` of `lora_jax.train.schedules`."""
-    from lora_jax.train.schedules import schedule
-
-    return schedule("cosine", peak, steps, warmup, floor)

@@ -11,10 +11,12 @@ import optax
 
 import lora_jax as lora
 from interop import pretrained
-from lora_jax.data.batches import eval_batches, plan_batches, train_batches
+from lora_jax.data.batch_plan import plan_batches
+from lora_jax.data.batches import eval_batches, train_batches
 from lora_jax.data.chat import ChatFormat, encode_rows
+from lora_jax.data.fitting import fit_rows
 from lora_jax.data.formats import read_rows
-from lora_jax.data.packing import fit_rows, pack_rows
+from lora_jax.data.packing import pack_rows
 from lora_jax.models.decoder import Decoder
 from lora_jax.train.losses import cross_entropy
 from lora_jax.train.step import init_state, make_step
