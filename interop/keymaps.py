@@ -9,7 +9,7 @@ and torch keeps linear weights as (out, in)::
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,18 +18,38 @@ from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
+Index = tuple[int, ...]
+
+
+Kind = Literal["linear", "embedding", "conv", "parameter", "other"]
 
 
 class Rule(NamedTuple):
-    """One leaf and its tensors; ``{i}`` in ``name`` is the layer, the leaf's first axis."""
+    """One leaf and its tensors.
+
+    A leaf that stacks layers (and, below them, experts) belongs to one tensor a layer: ``name``
+    then has ``{i}`` for the index along the first axis and ``{e}`` for the one along the second.
+    Where ``path`` has ``{i}`` too each layer is a leaf of its own, and the rule stands for all.
+
+    >>> Rule("layers/fc/kernel", "h.{i}.fc.weight", (1, 0), "linear").stack
+    1
+    """
 
     path: str
     name: str
-    transposed: bool
+    order: tuple[int, ...] = ()
+    """Which axis of the leaf, below its stack, each axis of the tensor is; () where they agree."""
+    kind: Kind = "other"
+    """The torch module: ``linear``, ``embedding``, ``conv``; ``parameter`` for a weight without a
+    module of its own, as of stacked experts; ``other`` has no adapter in torch."""
+    part: tuple[int, int] = (0, 1)
+    """The tensor is the first of the pair, counted from 0, of so many equal parts of the leaf's
+    last axis, as gate and up are of a fused weight."""
 
     @property
-    def stacked(self) -> bool:
-        return "{i}" in self.name
+    def stack(self) -> int:
+        """How many leading axes of the leaf the name's indices run along."""
+        return len(_placeholders(self.name)) - len(_placeholders(self.path))
 
 
 class Keymap(NamedTuple):
@@ -43,6 +63,17 @@ class Keymap(NamedTuple):
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = {}
 
+    def over(self, paths: Iterable[str]) -> "Keymap":
+        """The table of a tree with these leaves: rules for one leaf a layer are written out.
+
+        >>> table = Keymap((Rule("h_{i}/w", "h.{i}.w"), Rule("head/w", "head.w")))
+        >>> [rule.name for rule in table.over(["h_0/w", "h_1/w", "head/w"]).rules]
+        ['h.0.w', 'h.1.w', 'head.w']
+        """
+        paths = list(paths)
+        rules = (each for rule in self.rules for each in _written_out(rule, paths))
+        return self._replace(rules=tuple(rules))
+
 
 class TensorInfo(NamedTuple):
     """What is known of a tensor before it is read."""
@@ -51,10 +82,11 @@ class TensorInfo(NamedTuple):
     dtype: np.dtype
 
 
-_LEAVES = {
-    "embedding": (("embedding", "weight", False),),
-    "norm": (("scale", "weight", False),),
-    "linear": (("kernel", "weight", True), ("bias", "bias", False)),
+# By kind of module: our leaf, torch's parameter, the order of its axes, its kind for adapters.
+_LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
+    "embedding": (("embedding", "weight", (), "embedding"),),
+    "norm": (("scale", "weight", (), "other"),),
+    "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
 }
 
 _LLAMA_MODULES = (
@@ -86,9 +118,9 @@ _LLAMA_MODULES = (
 
 def _rules(modules: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
     return tuple(
-        Rule(f"{ours}/{leaf}", f"{theirs}.{suffix}", transposed)
-        for ours, theirs, kind in modules
-        for leaf, suffix, transposed in _LEAVES[kind]
+        Rule(f"{ours}/{leaf}", f"{theirs}.{suffix}", order, kind)
+        for ours, theirs, module in modules
+        for leaf, suffix, order, kind in _LEAVES[module]
     )
 
 
@@ -183,13 +215,14 @@ def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
     {'lm_head.weight': (8, 4)}
     """
     leaves = flatten(params)
-    rules = {rule.path: rule for rule in table.rules}
+    rules = by_path(table.over(leaves))
     if unknown := sorted(set(leaves) - set(rules)):
         raise InputError(f"no tensor name for {', '.join(unknown)}: the table has {sorted(rules)}")
     return {
-        name: array.T if rules[path].transposed else array
+        name: tensor
         for path, leaf in leaves.items()
-        for name, array in _layers(rules[path], np.asarray(leaf))
+        for rule in rules[path]
+        for name, tensor in _tensors(rule, np.asarray(leaf))
     }
 
 
@@ -235,23 +268,32 @@ def assemble(
     Everything is checked on ``found`` before the first fetch; each tensor goes straight into
     its leaf, so beside the result no more than one tensor is alive.
     """
-    rules = {rule.path: rule for rule in table.rules}
-    wanted = [(rules[path], shape) for path, shape in expected_shapes.items()]
+    rules = by_path(table.over(expected_shapes))
+    wanted = [(rule, shape) for path, shape in expected_shapes.items() for rule in rules[path]]
     _require_fit(found, fetch, table, wanted, same_dtype=dtype is None)
     leaves = {}
-    for rule, shape in wanted:
-        names = _names(rule, shape)
-        leaf = np.empty(shape, found[names[0]].dtype if dtype is None else np.dtype(dtype))
-        for name, target in _layers(rule, leaf):
-            target[...] = fetch(name).T if rule.transposed else fetch(name)
-        leaves[rule.path] = leaf
+    for path, shape in expected_shapes.items():
+        first = _names(rules[path][0], shape)[0]
+        leaf = np.empty(shape, found[first].dtype if dtype is None else np.dtype(dtype))
+        for rule in rules[path]:
+            for name, target in _tensors(rule, leaf):
+                target[...] = fetch(name)
+        leaves[path] = leaf
     return nest(leaves)
 
 
-def module_name(path: str, table: Keymap, layer: int | None = None) -> str:
-    """The torch module that holds a leaf, at one layer if the leaf is stacked.
+def by_path(table: Keymap) -> dict[str, list[Rule]]:
+    """The rules of each leaf, in the table's order: one, or one for each of its parts."""
+    grouped = defaultdict(list)
+    for rule in table.rules:
+        grouped[rule.path].append(rule)
+    return dict(grouped)
 
-    >>> module_name("layers/self_attn/q_proj/kernel", LLAMA, 3)
+
+def module_name(path: str, table: Keymap, index: Index = ()) -> str:
+    """The torch module that holds a leaf, at one layer (and expert) if the leaf stacks them.
+
+    >>> module_name("layers/self_attn/q_proj/kernel", LLAMA, (3,))
     'model.layers.3.self_attn.q_proj'
     >>> module_name("lm_head/kernel", LLAMA)
     'lm_head'
@@ -259,42 +301,81 @@ def module_name(path: str, table: Keymap, layer: int | None = None) -> str:
     rule = next((rule for rule in table.rules if rule.path == path), None)
     if rule is None:
         raise InputError(f"no module holds {path!r}: known leaves {[r.path for r in table.rules]}")
-    if rule.stacked != (layer is not None):
-        state = "stacked, name a layer" if rule.stacked else f"not stacked, it has no layer {layer}"
-        raise InputError(f"{path} is {state}")
-    return rule.name.format(i=layer).rpartition(".")[0]
+    if rule.stack != len(index):
+        raise InputError(f"{path} has {rule.stack} stack axes: the index {index} doesn't fit them")
+    return tensor_name(rule, index).rpartition(".")[0]
 
 
-def leaf_path(module: str, table: Keymap) -> tuple[str, int | None]:
-    """The leaf that holds a torch module's weight and its layer: the inverse of `module_name`.
+def tensor_name(rule: Rule, index: Index = ()) -> str:
+    """The rule's tensor at one index of the leaf's stack.
+
+    >>> tensor_name(Rule("experts/w", "h.{i}.experts.{e}.w"), (3, 1))
+    'h.3.experts.1.w'
+    """
+    return rule.name.format(**dict(zip(_placeholders(rule.name), index, strict=True)))
+
+
+def indices(rule: Rule, shape: Shape) -> list[Index]:
+    """Every index of the stack of a leaf of that shape, in order; ``[()]`` where there is none.
+
+    >>> indices(Rule("w", "h.{i}.w"), (2, 4, 6))
+    [(0,), (1,)]
+    """
+    return [*np.ndindex(*shape[: rule.stack])]
+
+
+def leaf_path(module: str, table: Keymap) -> tuple[str, Index]:
+    """The leaf that holds a torch module's weight and its index: the inverse of `module_name`.
 
     >>> leaf_path("model.layers.3.self_attn.q_proj", LLAMA)
-    ('layers/self_attn/q_proj/kernel', 3)
+    ('layers/self_attn/q_proj/kernel', (3,))
     >>> leaf_path("model.embed_tokens", LLAMA)
-    ('embed_tokens/embedding', None)
+    ('embed_tokens/embedding', ())
     """
     for rule in table.rules:
-        if match := re.fullmatch(_pattern(rule), f"{module}.weight"):
-            return rule.path, int(match["i"]) if rule.stacked else None
+        if match := re.fullmatch(_pattern(rule.name), f"{module}.weight"):
+            return rule.path, tuple(map(int, match.groups()))
     known = [rule.name.removesuffix(".weight") for rule in table.rules]
     raise InputError(f"no leaf for module {module!r}: known modules {known}")
 
 
-def _pattern(rule: Rule) -> str:
-    return re.escape(rule.name).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
+def _placeholders(template: str) -> list[str]:
+    return re.findall(r"{(\w)}", template)
+
+
+def _pattern(template: str) -> str:
+    return re.sub(r"\\{(\w)\\}", r"(?P<\1>0|[1-9]\\d*)", re.escape(template))
+
+
+def _written_out(rule: Rule, paths: Iterable[str]) -> list[Rule]:
+    if not _placeholders(rule.path):
+        return [rule]
+    matches = filter(None, (re.fullmatch(_pattern(rule.path), path) for path in paths))
+    return [rule._replace(path=m.string, name=_filled(rule.name, m.groupdict())) for m in matches]
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """The template with some of its indices set."""
+    return re.sub(r"{(\w)}", lambda m: values.get(m[1], m[0]), template)
 
 
 def _names(rule: Rule, shape: Shape) -> list[str]:
-    return [rule.name.format(i=i) for i in range(shape[0])] if rule.stacked else [rule.name]
+    return [tensor_name(rule, index) for index in indices(rule, shape)]
 
 
-def _layers(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
-    return zip(_names(rule, leaf.shape), leaf if rule.stacked else [leaf], strict=True)
+def _tensors(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    """Each tensor of the rule, by name, as a view of the leaf."""
+    number, count = rule.part
+    width = leaf.shape[-1] // count if leaf.ndim else 1
+    for index in indices(rule, leaf.shape):
+        inner = leaf[index] if count == 1 else leaf[index][..., number * width :][..., :width]
+        yield tensor_name(rule, index), inner.transpose(rule.order) if rule.order else inner
 
 
 def _tensor_shape(rule: Rule, shape: Shape) -> Shape:
-    inner = shape[1:] if rule.stacked else shape
-    return inner[::-1] if rule.transposed else inner
+    inner = shape[rule.stack :]
+    inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
+    return tuple(inner[axis] for axis in rule.order) if rule.order else inner
 
 
 def _require_fit(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from interop.keymaps import Keymap, Rule, module_name
+from interop.keymaps import Index, Keymap, indices, module_name, tensor_name
 from interop.peft_matching import Setting
 from lora_jax.site import Plan, Site
 
@@ -32,9 +32,9 @@ class Place(NamedTuple):
 
     name: str
     field: str
-    layer: int | None
+    index: Index
     shape: tuple[int, ...]
-    """Of the tensor; the first so many rows and columns of the array's layer are its values."""
+    """Of the tensor; the first so many rows and columns at the array's index are its values."""
     transposed: bool = False
     is_copy: bool = False
     """The file repeats a tensor under this name, for a module that is tied to its own."""
@@ -45,31 +45,31 @@ class Base:
 
     def __init__(self, keymap: Keymap, leaves: Mapping[str, Any] | None = None):
         """``leaves`` are the parameters (arrays or shapes) by path; ``None`` if not known."""
-        self.keymap = keymap
         self.known = leaves is not None
         self.leaves = leaves or {}
-        self.rules = {rule.path: rule for rule in keymap.rules}
+        self.keymap = keymap.over(self.leaves)
+        self.rules = {rule.path: rule for rule in self.keymap.rules}
 
     @cached_property
-    def tensors(self) -> dict[str, tuple[str, int | None]]:
-        """Every parameter of the torch model, with the leaf that holds it and its layer there."""
+    def tensors(self) -> dict[str, tuple[str, Index]]:
+        """Every parameter of the torch model, with the leaf that holds it and its index there."""
         rules = [rule for rule in self.keymap.rules if rule.path in self.leaves]
         return {
-            rule.name.format(i=layer): (rule.path, layer)
+            tensor_name(rule, index): (rule.path, index)
             for rule in rules
-            for layer in layers_of(rule, self.leaves[rule.path].shape)
+            for index in indices(rule, self.leaves[rule.path].shape)
         }
 
     @cached_property
-    def modules(self) -> dict[str, tuple[str, int | None]]:
-        """Every torch module with a weight, with the leaf (which may be absent) and its layer."""
-        stacked = [r.path for r in self.keymap.rules if r.stacked and r.path in self.leaves]
+    def modules(self) -> dict[str, tuple[str, Index]]:
+        """Every torch module with a weight, with the leaf (which may be absent) and its index."""
+        stacked = [r.path for r in self.keymap.rules if r.stack and r.path in self.leaves]
         depth = max((self.leaves[path].shape[0] for path in stacked), default=0)
         return {
-            module_name(rule.path, self.keymap, layer): (rule.path, layer)
+            saved_module(tensor_name(rule, index)): (rule.path, index)
             for rule in self.keymap.rules
             if rule.name.endswith(".weight")
-            for layer in layers_of(rule, (depth,))
+            for index in indices(rule, getattr(self.leaves.get(rule.path), "shape", (depth,)))
         }
 
     def tied_modules(self, path: str) -> list[str]:
@@ -80,15 +80,8 @@ class Base:
 
     def kind(self, path: str) -> str | None:
         """``embedding`` or ``linear``, or ``None`` where PEFT can't adapt the leaf."""
-        rule = self.rules[path]
-        if rule.path.endswith("embedding"):
-            return "embedding"
-        return "linear" if rule.transposed else None
-
-
-def layers_of(rule: Rule, shape: tuple[int, ...]) -> Iterable[int | None]:
-    """The layers of a leaf; of one that isn't stacked, ``None`` alone."""
-    return range(shape[0]) if rule.stacked else (None,)
+        kind = self.rules[path].kind
+        return kind if kind in ("linear", "embedding") else None
 
 
 def is_pair(site: Site) -> bool:
@@ -98,8 +91,10 @@ def is_pair(site: Site) -> bool:
 
 def settings_of(site: Site, base: Base) -> dict[str, Setting]:
     """Rank and scale on each torch module of a site; modules of rank 0 are left out."""
-    layers = layers_of(base.rules[site.path], site.shape)
-    found = {module_name(site.path, base.keymap, layer): _setting(site, layer) for layer in layers}
+    found = {
+        module_name(site.path, base.keymap, index): _setting(site, index)
+        for index in indices(base.rules[site.path], site.shape)
+    }
     return {module: setting for module, setting in found.items() if setting.rank}
 
 
@@ -117,16 +112,15 @@ def places(site: Site, base: Base, adapted: Iterable[str]) -> list[Place]:
       base: names and, for tied modules, leaves.
       adapted: the modules with a pair, whose biases have names of their own.
     """
-    layers = layers_of(base.rules[site.path], site.shape)
-    of_layer = _PLACES[site.variant]
-    return [place for layer in layers for place in of_layer(site, base, layer, adapted)]
+    places_at = _PLACES[site.variant]
+    found = indices(base.rules[site.path], site.shape)
+    return [place for index in found for place in places_at(site, base, index, adapted)]
 
 
 def part(array: np.ndarray, place: Place) -> np.ndarray:
     """The view of an entry's array that is the tensor: read it to write, assign it to read."""
-    layer = array if place.layer is None else array[place.layer]
     shape = place.shape[::-1] if place.transposed else place.shape
-    inside = layer[tuple(map(slice, shape))]
+    inside = array[(*place.index, *map(slice, shape))]
     return inside.T if place.transposed else inside
 
 
@@ -138,70 +132,71 @@ def saved_module(tensor: str) -> str:
 def tensor_names(site: Site, base: Base) -> list[str]:
     """The base's own tensors of a site's leaf, one a layer."""
     rule = base.rules[site.path]
-    return [rule.name.format(i=layer) for layer in layers_of(rule, site.shape)]
+    return [tensor_name(rule, index) for index in indices(rule, site.shape)]
 
 
-def _setting(site: Site, layer: int | None) -> Setting:
-    rank = site.ranks[layer or 0] if site.ranks else site.rank
-    scale = site.scale[layer or 0] if isinstance(site.scale, tuple) else site.scale
+def _setting(site: Site, index: Index) -> Setting:
+    layer = index[0] if index else 0
+    rank = site.ranks[layer] if site.ranks else site.rank
+    scale = site.scale[layer] if isinstance(site.scale, tuple) else site.scale
     return Setting(rank, scale)
 
 
-def _pair(site: Site, base: Base, layer: int | None, adapted: Iterable[str]) -> list[Place]:
-    rank = _setting(site, layer).rank
-    name = PREFIX + module_name(site.path, base.keymap, layer)
+def _pair(site: Site, base: Base, index: Index, adapted: Iterable[str]) -> list[Place]:
+    rank = _setting(site, index).rank
+    name = PREFIX + module_name(site.path, base.keymap, index)
     a, b = (rank, site.fan_in), (site.fan_out, rank)
     if not rank:
         return []
     if base.kind(site.path) == "linear":
         return [
-            Place(f"{name}.lora_A.weight", "a", layer, a, transposed=True),
-            Place(f"{name}.lora_B.weight", "b", layer, b, transposed=True),
+            Place(f"{name}.lora_A.weight", "a", index, a, transposed=True),
+            Place(f"{name}.lora_B.weight", "b", index, b, transposed=True),
         ]
     own = [
-        Place(f"{name}.lora_embedding_A", "a", layer, a, transposed=True),
-        Place(f"{name}.lora_embedding_B", "b", layer, b, transposed=True),
+        Place(f"{name}.lora_embedding_A", "a", index, a, transposed=True),
+        Place(f"{name}.lora_embedding_B", "b", index, b, transposed=True),
     ]
     tied = [PREFIX + module for module in base.tied_modules(site.path)]
     return own + [  # As a linear layer the table is transposed, and A and B change places.
         copy
         for module in tied
         for copy in (
-            Place(f"{module}.lora_A.weight", "b", layer, b[::-1], is_copy=True),
-            Place(f"{module}.lora_B.weight", "a", layer, a[::-1], is_copy=True),
+            Place(f"{module}.lora_A.weight", "b", index, b[::-1], is_copy=True),
+            Place(f"{module}.lora_B.weight", "a", index, a[::-1], is_copy=True),
         )
     ]
 
 
-def _triple(site: Site, base: Base, layer: int | None, adapted: Iterable[str]) -> list[Place]:
-    name = f"{PREFIX}{module_name(site.path, base.keymap, layer)}.lora_magnitude_vector"
-    pair = _pair(site, base, layer, adapted)
-    return [*pair, Place(name, "m", layer, (site.fan_out,))] if pair else []
+def _triple(site: Site, base: Base, index: Index, adapted: Iterable[str]) -> list[Place]:
+    name = f"{PREFIX}{module_name(site.path, base.keymap, index)}.lora_magnitude_vector"
+    pair = _pair(site, base, index, adapted)
+    return [*pair, Place(name, "m", index, (site.fan_out,))] if pair else []
 
 
-def _full(site: Site, base: Base, layer: int | None, adapted: Iterable[str]) -> list[Place]:
+def _full(site: Site, base: Base, index: Index, adapted: Iterable[str]) -> list[Place]:
     rule = base.rules[site.path]
-    module, _, parameter = rule.name.format(i=layer).rpartition(".")
+    module, _, parameter = tensor_name(rule, index).rpartition(".")
     inside = ".base_layer" if module in adapted else ""
-    inner = site.shape[1:] if rule.stacked else site.shape
-    shape = inner[::-1] if rule.transposed else inner
+    inner, transposed = site.shape[rule.stack :], bool(rule.order)
+    shape = inner[::-1] if transposed else inner
     tied = base.tied_modules(site.path)
     return [
-        Place(f"{PREFIX}{module}{inside}.{parameter}", "value", layer, shape, rule.transposed),
+        Place(f"{PREFIX}{module}{inside}.{parameter}", "value", index, shape, transposed),
         *(
-            Place(f"{PREFIX}{copy}.{parameter}", "value", layer, shape, is_copy=True)
+            Place(f"{PREFIX}{copy}.{parameter}", "value", index, shape, is_copy=True)
             for copy in tied
         ),
     ]
 
 
-def _rows(site: Site, base: Base, layer: int | None, adapted: Iterable[str]) -> list[Place]:
-    module = module_name(site.path, base.keymap, layer)
+def _rows(site: Site, base: Base, index: Index, adapted: Iterable[str]) -> list[Place]:
+    module = module_name(site.path, base.keymap, index)
     name = f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
-    return [Place(name, "rows", layer, site.entry_shapes["rows"])]
+    return [Place(name, "rows", index, site.entry_shapes["rows"])]
 
 
-_PLACES: dict[str, Callable[[Site, Base, int | None, Iterable[str]], list[Place]]] = {
+_PLACES: dict[str, Callable[[Site, Base, Index, Iterable[str]], list[Place]]] = {
     "lora": _pair,
     "dora": _triple,
     "full": _full,

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from interop import torch_io
+from interop.keymaps import Index, indices
 from interop.peft_layout import (
     PREFIX,
     Base,
     Place,
-    layers_of,
     part,
     places,
     saved_module,
@@ -47,7 +47,7 @@ def sites_and_entries(
     by_leaf = {
         "pair": _by_leaf({base.modules[name]: setting for name, setting in settings.items()}),
         "full": _by_leaf({base.tensors[name]: None for name in saved}),
-        "rows": {path: {None: indices} for path, indices in rows.items()},
+        "rows": {path: {(): tokens} for path, tokens in rows.items()},
     }
     problems += _claim_problems(by_leaf, base)
     problems += _tying_problems(config, by_leaf, base)
@@ -65,10 +65,10 @@ def sites_and_entries(
     return sites, {site.path: _entry(site, wanted[site.path], tensors) for site in sites}
 
 
-def _by_leaf(found: Mapping[tuple[str, int | None], Any]) -> dict[str, dict[int | None, Any]]:
+def _by_leaf(found: Mapping[tuple[str, Index], Any]) -> dict[str, dict[Index, Any]]:
     grouped = defaultdict(dict)
-    for (path, layer), value in found.items():
-        grouped[path][layer] = value
+    for (path, index), value in found.items():
+        grouped[path][index] = value
     return grouped
 
 
@@ -141,7 +141,7 @@ def _is_adaptable(name: str, base: Base) -> bool:
 
 
 def _claim_problems(
-    by_leaf: Mapping[str, Mapping[str, Mapping[int | None, Any]]], base: Base
+    by_leaf: Mapping[str, Mapping[str, Mapping[Index, Any]]], base: Base
 ) -> Iterator[str]:
     """Leaves with two kinds of entry, and entries that have to be whole but aren't."""
     words = {"pair": "adapted", "full": "trained whole", "rows": "trained in some rows"}
@@ -154,7 +154,7 @@ def _claim_problems(
 
 
 def _dora_problems(
-    config: PeftConfig, pairs: Mapping[str, Mapping[int | None, Setting]], base: Base
+    config: PeftConfig, pairs: Mapping[str, Mapping[Index, Setting]], base: Base
 ) -> Iterator[str]:
     for path, found in _in_some_layers(pairs, base) if config.use_dora else ():
         yield (
@@ -164,11 +164,11 @@ def _dora_problems(
 
 
 def _in_some_layers(
-    by_leaf: Mapping[str, Mapping[int | None, Any]], base: Base
+    by_leaf: Mapping[str, Mapping[Index, Any]], base: Base
 ) -> Iterator[tuple[str, str]]:
     for path, found in by_leaf.items():
-        if len(found) < len([*layers_of(base.rules[path], base.leaves[path].shape)]):
-            yield path, ", ".join(sorted(map(str, found)))
+        if len(found) < len(indices(base.rules[path], base.leaves[path].shape)):
+            yield path, ", ".join(".".join(map(str, index)) for index in sorted(found))
 
 
 def _tying_problems(
@@ -195,17 +195,16 @@ def _sites(
         elif path in by_leaf["full"]:
             yield Site(path, shape, dtype, (), 0, 1.0, variant="full")
         elif found := by_leaf["rows"].get(path):
-            rows = found[None]
+            rows = found[()]
             roles = ("in", "out")
             yield Site(path, shape, dtype, roles, len(rows), 1.0, variant="rows", rows=rows)
 
 
 def _pair_site(
-    path: str, shape: tuple[int, ...], dtype: str, found: Mapping[int | None, Setting], dora: bool
+    path: str, shape: tuple[int, ...], dtype: str, found: Mapping[Index, Setting], dora: bool
 ) -> Site:
     """One site of all layers; those without an adapter have rank 0."""
-    stacked = None not in found
-    layers = range(shape[0]) if stacked else [None]
+    layers = [()] if () in found else np.ndindex(shape[:1])
     ranks, scales = zip(*(found.get(layer, Setting(0, 0.0)) for layer in layers), strict=True)
     distinct = {setting.scale for setting in found.values()}
     return Site(
@@ -220,29 +219,29 @@ def _pair_site(
     )
 
 
-def _base_tensors(settings: Iterable[str], base: Base) -> dict[str, tuple[str, int | None, bool]]:
+def _base_tensors(settings: Iterable[str], base: Base) -> dict[str, tuple[str, Index, bool]]:
     """Copies of the base that PEFT may store beside an adapter: leaf, layer and orientation."""
-    own = {name: (*base.modules[name], base.rules[base.modules[name][0]].transposed)
+    own = {name: (*base.modules[name], bool(base.rules[base.modules[name][0]].order))
            for name in settings}  # fmt: skip
     tied = {c: own[name] for name in own for c in base.tied_modules(own[name][0])}
     return {f"{PREFIX}{name}.base_layer.weight": found for name, found in {**own, **tied}.items()}
 
 
-def _shape_in_torch(found: tuple[str, int | None, bool], base: Base) -> tuple[int, ...]:
-    path, layer, transposed = found
-    shape = base.leaves[path].shape[0 if layer is None else 1 :]
+def _shape_in_torch(found: tuple[str, Index, bool], base: Base) -> tuple[int, ...]:
+    path, index, transposed = found
+    shape = base.leaves[path].shape[len(index) :]
     return tuple(shape[::-1] if transposed else shape)
 
 
 def _base_problems(
-    tensors: torch_io.Tensors, of_base: Mapping[str, tuple[str, int | None, bool]], base: Base
+    tensors: torch_io.Tensors, of_base: Mapping[str, tuple[str, Index, bool]], base: Base
 ) -> Iterator[str]:
-    for name, (path, layer, transposed) in of_base.items():
+    for name, (path, index, transposed) in of_base.items():
         leaf = base.leaves[path]
         if isinstance(leaf, jax.ShapeDtypeStruct):
             yield f"{name} holds weights of the base: give params, not shapes, to compare them"
             continue
-        values = np.asarray(leaf if layer is None else leaf[layer])
+        values = np.asarray(leaf[index] if index else leaf)
         if not np.array_equal(
             tensors[name].astype(values.dtype), values.T if transposed else values
         ):
@@ -253,9 +252,9 @@ def _copy_problems(
     tensors: torch_io.Tensors, wanted: Mapping[str, Sequence[Place]]
 ) -> Iterator[str]:
     for found in wanted.values():
-        own = {(p.field, p.layer): p for p in found if not p.is_copy}
+        own = {(p.field, p.index): p for p in found if not p.is_copy}
         for copy in (place for place in found if place.is_copy):
-            original = own[copy.field, copy.layer]
+            original = own[copy.field, copy.index]
             values = tensors[original.name]
             as_copy = values.T if original.transposed != copy.transposed else values
             if not np.array_equal(tensors[copy.name], as_copy):

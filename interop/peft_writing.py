@@ -88,7 +88,7 @@ def _pair_problem(site: Site, base: Base) -> str | None:
     kind, rule = base.kind(site.path), base.rules[site.path]
     if kind is None:
         return "is not the weight of a linear layer or an embedding: train it whole, or exclude it"
-    expected = _ROLES.get((kind, rule.stacked))
+    expected = _ROLES.get((kind, bool(rule.stack)))
     if site.roles != expected:
         return f"has axis roles {site.roles}, the {kind} weight here has {expected}"
     if not all(0 < scale < math.inf for _, scale in settings_of(site, base).values()):
@@ -113,7 +113,7 @@ def _full_problem(site: Site, base: Base) -> str | None:
 
 
 def _rows_problem(site: Site, base: Base) -> str | None:
-    if base.kind(site.path) != "embedding" or base.rules[site.path].stacked:
+    if base.kind(site.path) != "embedding" or base.rules[site.path].stack:
         return "is not an embedding table: PEFT trains rows of these alone"
     return None
 

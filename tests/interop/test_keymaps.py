@@ -13,11 +13,14 @@ from interop.hf_config import to_attributes
 from interop.keymaps import (
     LLAMA,
     LLAMA_GGUF,
+    Keymap,
+    Rule,
     flatten,
     from_torch,
     leaf_path,
     llama_shapes,
     module_name,
+    nest,
     to_torch,
 )
 from lora_jax.errors import InputError
@@ -148,18 +151,18 @@ def test_unknown_leaves_are_named():
 def test_module_names_and_leaf_paths_are_inverses():
     weights = [rule for rule in LLAMA.rules if rule.name.endswith(".weight")]
     for rule in weights:
-        layer = 11 if rule.stacked else None
+        layer = (11,) * rule.stack
         assert leaf_path(module_name(rule.path, LLAMA, layer), LLAMA) == (rule.path, layer)
     model = LlamaForCausalLM(LlamaConfig(**to_attributes(SMALL, dtype="float32")))
-    names = {module_name(rule.path, LLAMA, 2 if rule.stacked else None) for rule in weights}
+    names = {module_name(rule.path, LLAMA, (2,) * rule.stack) for rule in weights}
     assert names <= {name for name, _ in model.named_modules()}
 
 
 @pytest.mark.parametrize(
     ("ask", "fault"),
     [
-        (lambda: module_name("layers/mlp/up_proj/kernel", LLAMA), "stacked, name a layer"),
-        (lambda: module_name("norm/scale", LLAMA, 1), "not stacked, it has no layer 1"),
+        (lambda: module_name("layers/mlp/up_proj/kernel", LLAMA), "1 stack axes"),
+        (lambda: module_name("norm/scale", LLAMA, (1,)), "0 stack axes"),
         (lambda: module_name("norm/kernel", LLAMA), "no module holds 'norm/kernel'"),
         (lambda: leaf_path("model.layers.01.mlp.up_proj", LLAMA), "no leaf for module"),
         (lambda: leaf_path("model.layers.1.mlp", LLAMA), "no leaf for module"),
@@ -168,3 +171,34 @@ def test_module_names_and_leaf_paths_are_inverses():
 def test_names_that_mean_nothing_are_refused(ask, fault):
     with pytest.raises(InputError, match=fault):
         ask()
+
+
+EXPERTS = Keymap(
+    (
+        Rule("moe/gate_up", "h.{i}.experts.{e}.gate.weight", (1, 0), "linear", (0, 2)),
+        Rule("moe/gate_up", "h.{i}.experts.{e}.up.weight", (1, 0), "linear", (1, 2)),
+        Rule("conv_{i}/kernel", "convs.{i}.weight", (3, 2, 0, 1), "conv"),
+    )
+)
+
+
+def test_experts_parts_and_leaves_of_single_layers():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "moe/gate_up": (2, 3, 4, 10),
+        "conv_0/kernel": (3, 3, 2, 5),
+        "conv_1/kernel": (1,) * 4,
+    }
+    leaves = {path: rng.normal(size=shape) for path, shape in shapes.items()}
+    tensors = to_torch(nest(leaves), EXPERTS)
+    assert len(tensors) == 2 * 3 * 2 + 2
+    for i, e in np.ndindex(2, 3):
+        both = leaves["moe/gate_up"][i, e]
+        np.testing.assert_array_equal(tensors[f"h.{i}.experts.{e}.gate.weight"], both[:, :5].T)
+        np.testing.assert_array_equal(tensors[f"h.{i}.experts.{e}.up.weight"], both[:, 5:].T)
+    assert tensors["convs.0.weight"].shape == (5, 2, 3, 3)
+    back = flatten(from_torch(tensors, EXPERTS, shapes))
+    assert all(np.array_equal(back[path], leaf) for path, leaf in leaves.items())
+    short = {name: t for name, t in tensors.items() if name != "h.1.experts.2.up.weight"}
+    with pytest.raises(InputError, match=r"missing: h\.1\.experts\.2\.up\.weight"):
+        from_torch(short, EXPERTS, shapes)

@@ -182,8 +182,8 @@ def test_targets_are_suffixes_where_these_say_it_all(directory):
 def test_targets_are_full_names_where_a_suffix_would_match_more():
     keymap = Keymap(
         (
-            Rule("encoder/kernel", "encoder.{i}.proj.weight", True),
-            Rule("decoder/kernel", "decoder.{i}.proj.weight", True),
+            Rule("encoder/kernel", "encoder.{i}.proj.weight", (1, 0), "linear"),
+            Rule("decoder/kernel", "decoder.{i}.proj.weight", (1, 0), "linear"),
         )
     )
     site = Site("encoder/kernel", (2, 4, 6), "float32", ("stack", "in", "out"), 2, 1.0)
@@ -240,4 +240,6 @@ def test_a_directory_from_peft_says_nothing_about_its_base(tmp_path, params):
 
 def test_module_names_follow_the_layers():
     site = Site(Q, (3, 64, 64), "float32", ("stack", "in", "out"), 2, 1.0)
-    assert [*settings_of(site, Base(LLAMA))] == [module_name(Q, LLAMA, layer) for layer in range(3)]
+    assert [*settings_of(site, Base(LLAMA))] == [
+        module_name(Q, LLAMA, (layer,)) for layer in range(3)
+    ]
