@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from interop.copying import copy_into
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 
@@ -277,7 +278,7 @@ def assemble(
         leaf = np.empty(shape, found[first].dtype if dtype is None else np.dtype(dtype))
         for rule in rules[path]:
             for name, target in _tensors(rule, leaf):
-                target[...] = fetch(name)
+                copy_into(target, fetch(name))
         leaves[path] = leaf
     return nest(leaves)
 

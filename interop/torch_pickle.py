@@ -1,0 +1,97 @@
+"""Torch's own files, read without running what they say.
+
+A ``.pth`` is a pickle, which can name any function to call. torch reads it here with its list of
+harmless ones and never otherwise. Before that the zip archive around it must be as torch writes
+it, uncompressed; after it no tensor may be larger than what the file holds.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop.dlpack import as_numpy
+from lora_jax.errors import InputError, listed, raise_listed
+
+_OLDEST_SAFE_TORCH = (2, 10)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an existing torch file, sharing memory with what torch loaded.
+
+    Raises:
+      InputError: torch is missing or too old, the file is damaged, or it holds anything but
+        tensors by name.
+    """
+    torch = _safe_torch(path)
+    size = path.stat().st_size
+    if problem := _archive_problem(path, size):
+        raise InputError(f"{path} ({size} bytes) {problem}")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises for a damaged or refused file has no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{path} ({size} bytes) holds no tensors that can be read safely: {reason}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds {type(loaded).__name__}, expected a dict of tensors")
+    raise_listed(f"{path}: not tensors", (_shown(n) for n, t in loaded.items() if not _named(n, t)))
+    raise_listed(
+        f"{path}: larger than what the file holds of them",
+        (name for name, tensor in loaded.items() if _is_larger_than_stored(tensor)),
+    )
+    return {name: as_numpy(tensor) for name, tensor in loaded.items()}
+
+
+def _safe_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        remedy = "install lora-jax[torch], or convert the file to .safetensors"
+        raise InputError(f"{path} is a torch file and torch is missing: {remedy}") from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _OLDEST_SAFE_TORCH:
+        oldest = ".".join(map(str, _OLDEST_SAFE_TORCH))
+        raise InputError(
+            f"{path}: torch {torch.__version__} doesn't read pickles safely: install torch "
+            f">= {oldest}, or convert the file to .safetensors"
+        )
+    return torch
+
+
+def _archive_problem(path: Path, size: int) -> str | None:
+    """What in a zip archive torch has not written: it would fill the memory when unpacked."""
+    if not zipfile.is_zipfile(path):
+        return None  # torch's older format, or none of its formats
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        return f"is a damaged archive: {error}"
+    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        return f"holds compressed entries, which torch doesn't write: {listed(packed)}"
+    unpacked = sum(entry.file_size for entry in entries)
+    return f"unpacks to {unpacked} bytes, more than it has" if unpacked > size else None
+
+
+def _named(name: Any, tensor: Any) -> bool:
+    import torch
+
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor)
+
+
+def _shown(name: Any) -> str:
+    return name if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+def _is_larger_than_stored(tensor: Any) -> bool:
+    """Whether a tensor repeats its memory, as an expanded one does: a file of a few bytes could
+    ask for any size so."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
