@@ -1,5 +1,7 @@
 """Copies between arrays whose axes lie in different orders in memory, at about memory's speed."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 _SIDE = 256
@@ -34,18 +36,31 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         _copy_blocks(targets[index], sources[index], stage)
 
 
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order and the machine's byte order; itself if it is so already.
+def in_pieces(array: np.ndarray, scratch: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in C order and the machine's byte order, as flat pieces one after the other.
 
-    >>> contiguous(np.zeros((2, 3)).T).flags.c_contiguous
-    True
+    An array that lies so is its own only piece; of another each is copied into ``scratch``, which
+    the next one overwrites.
+
+    Args:
+      array: any.
+      scratch: (bytes,) uint8, what a piece has at most; at least one item of the array.
+
+    >>> [piece.tolist() for piece in in_pieces(np.arange(4).reshape(2, 2).T, np.empty(16, "u1"))]
+    [[0, 2], [1, 3]]
     """
     native = array.dtype.newbyteorder("=")
     if array.flags.c_contiguous and array.dtype == native:
-        return array
-    copy = np.empty(array.shape, native)
-    copy_into(copy, array)
-    return copy
+        yield array.reshape(-1)
+    elif array.nbytes <= scratch.size:
+        piece = scratch[: array.nbytes].view(native)
+        copy_into(piece.reshape(array.shape), array)
+        yield piece
+    else:
+        rows = max(1, scratch.size // array[0].nbytes)
+        for row in range(0, len(array), rows):
+            part = array[row : row + rows]
+            yield from in_pieces(part if rows > 1 else part[0], scratch)
 
 
 def _as_words(target: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from interop.copying import contiguous
+from interop.copying import in_pieces
 from lora_jax.errors import InputError, listed
 from lora_jax.files import atomic_file
 
@@ -49,6 +49,8 @@ _DTYPES: dict[str, Any] = {
     "U64": np.uint64,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_SCRATCH_BYTES = 1 << 20
+"""Stays in the processor's cache between being filled and being written."""
 _METADATA = "__metadata__"
 
 
@@ -80,7 +82,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file atomically; no more than one tensor is held beside ``tensors``.
+    """Write the file atomically; beside ``tensors`` no more than a piece of one is held.
 
     Raises:
       InputError: a dtype that the format doesn't have, or a place that can't be written.
@@ -111,8 +113,10 @@ def in_file_order(tensors: Mapping[str, np.ndarray]) -> Tensors:
 def write_to(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> None:
     """Write header and data of arrays that are in the file's order to an open file."""
     file.write(_header(arrays, dict(sorted(metadata.items()))))
+    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
     for array in arrays.values():
-        file.write(contiguous(array).reshape(-1).view(np.uint8).data)
+        for piece in in_pieces(array, scratch):
+            file.write(piece.view(np.uint8).data)
 
 
 def _view(
