@@ -57,8 +57,10 @@ def as_numpy(tensor: Any) -> np.ndarray:
     >>> import torch
     >>> tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
     >>> as_numpy(tensor.t())[2, 0] = 1
-    >>> tensor[0].tolist(), as_numpy(tensor).dtype.name
-    ([0.0, 0.0, 1.0], 'bfloat16')
+    >>> tensor[0].tolist()
+    [0.0, 0.0, 1.0]
+    >>> as_numpy(tensor).dtype.name
+    'bfloat16'
     """
     import torch
 
