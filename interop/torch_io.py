@@ -29,11 +29,10 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+PICKLES = (".bin", ".pth", ".pt")
 _READERS: dict[str, Callable[[Path], Tensors]] = {
     ".safetensors": safetensors_file.read_tensors,
-    ".bin": torch_pickle.read_tensors,
-    ".pth": torch_pickle.read_tensors,
-    ".pt": torch_pickle.read_tensors,
+    **dict.fromkeys(PICKLES, torch_pickle.read_tensors),
 }
 _MAX_INDEX_BYTES = safetensors_file.MAX_HEADER_BYTES
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -58,6 +57,15 @@ def read(path: str | os.PathLike) -> Tensors:
     if reader is None:
         raise InputError(f"{path}: can't read tensors from this; expected {', '.join(_READERS)}")
     return reader(path)
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings that a safetensors file has in its header beside the tensors.
+
+    Raises:
+      InputError: as `read`.
+    """
+    return safetensors_file.read_metadata(existing_file(path))
 
 
 def read_directory(directory: str | os.PathLike) -> Tensors:
@@ -99,6 +107,15 @@ def write(
       https://github.com/huggingface/safetensors#format
     """
     safetensors_file.write_tensors(Path(path), tensors, metadata or {"format": "pt"})
+
+
+def write_pickle(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a torch pickle of a plain dict of tensors, atomically; equal input, equal bytes.
+
+    Raises:
+      InputError: torch is missing, or a place that can't be written.
+    """
+    torch_pickle.write_tensors(Path(path), tensors)
 
 
 def write_directory(

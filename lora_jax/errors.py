@@ -27,11 +27,17 @@ def listed(names: Iterable[str]) -> str:
     """
     names = [*names]
     more = len(names) - _NAMED_AT_MOST
-    shown = ", ".join(name[:_LETTERS_AT_MOST] for name in names[:_NAMED_AT_MOST])
+    shown = ", ".join(map(_shown, names[:_NAMED_AT_MOST]))
     return shown + (f" and {more} more" if more > 0 else "")
 
 
 def raise_listed(subject: str, names: Iterable[str]) -> None:
     """Raise an InputError "subject: names", unless there are no names."""
-    if text := listed(names):
-        raise InputError(f"{subject}: {text}")
+    if found := [*names]:
+        raise InputError(f"{subject}: {listed(found)}")
+
+
+def _shown(name: str) -> str:
+    """Cut, and without what would steer a terminal."""
+    name = name[:_LETTERS_AT_MOST]
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
