@@ -64,7 +64,7 @@ def as_numpy(tensor: Any) -> np.ndarray:
     """
     import torch
 
-    dtype, integer = _AS_INTEGERS.get(str(tensor.dtype).removeprefix("torch."), (None, None))
+    dtype, integer = _AS_INTEGERS.get(str(tensor.dtype).removeprefix("torch."), (None, ""))
     try:
         tensor = tensor.detach().cpu()
         if dtype is None:
@@ -91,7 +91,7 @@ def as_jax(tensor: Any) -> Any:
     import jax
 
     tensor = tensor.detach()
-    if tensor.element_size() == 8 and not jax.config.jax_enable_x64:
+    if tensor.element_size() == 8 and not jax.config.read("jax_enable_x64"):
         raise InputError(
             f"a tensor of {tensor.dtype}, which JAX holds in 32 bits: cast it, or set "
             "jax_enable_x64"

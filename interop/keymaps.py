@@ -96,7 +96,9 @@ _LAYOUTS: dict[str, tuple[tuple[int, ...], Kind]] = {
 
 
 def keymap(
-    *rows: tuple[str, ...], ignored: Iterable[str] = (), copies: Mapping[str, str] | None = None
+    *rows: tuple[str, ...] | Rule,
+    ignored: Iterable[str] = (),
+    copies: Mapping[str, str] | None = None,
 ) -> Keymap:
     """A table for a model of your own, from rows of leaf path, tensor name, and layout.
 
@@ -138,15 +140,18 @@ def keymap(
     raise_listed(
         f"rows of a keymap are (path, name) or (path, name, one of {[*_LAYOUTS][1:]}), got", wrong
     )
-    rules = (row if isinstance(row, Rule) else Rule(*row[:2], *_LAYOUTS["".join(row[2:])])
-             for row in rows)  # fmt: skip
+    rules = (row if isinstance(row, Rule) else _rule(*row) for row in rows)
     return Keymap(tuple(rules), tuple(ignored), dict(copies or {}))
 
 
+def _rule(path: str, name: str, layout: str = "") -> Rule:
+    order, kind = _LAYOUTS[layout]
+    return Rule(path, name, order, kind)
+
+
 def _is_row(row: Any) -> bool:
-    return len(row) in (2, 3) and all(isinstance(word, str) for word in row) and (
-        "".join(row[2:]) in _LAYOUTS
-    )  # fmt: skip
+    words = all(isinstance(word, str) for word in row)
+    return words and len(row) in (2, 3) and (len(row) == 2 or row[2] in _LAYOUTS)
 
 
 # By kind of module: our leaf, torch's parameter, the order of its axes, its kind for adapters.

@@ -75,7 +75,7 @@ def from_torch(
 def _writeable(leaf: Any) -> np.ndarray:
     """The leaf's own memory where it is on the host: NumPy has a JAX array read-only, torch
     does not."""
-    on_host = isinstance(leaf, jax.Array) and leaf.device.platform == "cpu"
+    on_host = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
     return as_numpy(as_torch(leaf)) if on_host else np.asarray(leaf)
 
 
