@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, checked, raise_all
-from interop.keymaps import Index, Keymap, indices, tensor_name, tensor_view
+from interop.adapter_format import BaseModule
+from interop.keymaps import Index, Keymap, indices, tensor_name, tensor_shape, tensor_view
 from interop.module_places import Spot, Tree, factors, roles
 from interop.module_problems import (
     Placed,
@@ -105,6 +106,21 @@ def from_plan(adapter: Adapter, plan: Plan, keymap: Keymap, *, params: Any = Non
     shared = any(tree.sharers(rule) for path in plan for rule in tree.rules[path])
     return checked(FileAdapter("lora_jax", **{"modules": {}, **found}, shares_tables=shared),
                    "the adapter")  # fmt: skip
+
+
+def base_modules(params: Any, keymap: Keymap) -> dict[str, BaseModule]:
+    """The base's modules by torch name, for the readers of formats that need to know them.
+
+    >>> from interop.keymaps import LLAMA
+    >>> base_modules({"lm_head": {"kernel": jnp.ones((4, 6))}}, LLAMA)
+    {'lm_head': BaseModule(kind='linear', shape=(6, 4))}
+    """
+    tree = Tree(keymap, named_leaves(params))
+    return {
+        module: BaseModule(rule.kind, tensor_shape(rule, tuple(tree.leaves[rule.path].shape)))
+        for module in tree.modules
+        for rule in [tree.spots[f"{module}.weight"].rule]
+    }
 
 
 def _pairs_by_leaf(file: FileAdapter, tree: Tree) -> dict[str, dict[Index, list[Placed]]]:
