@@ -6,6 +6,7 @@ needs for a vocabulary, never trusts a length in the file, and can say how much 
 
 import math
 import mmap
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from gguf.constants import (
     GGMLQuantizationType,
     GGUFValueType,
 )
+from gguf.quants import dequantize
 
 from lora_jax.errors import InputError
 from lora_jax.files import existing_file
@@ -54,7 +56,7 @@ class GgufFile(NamedTuple):
         return raw.reshape(*tensor.shape[:-1], -1)
 
 
-def open_gguf(path: str | Path) -> GgufFile:
+def open_gguf(path: str | os.PathLike) -> GgufFile:
     """Parse the header of a GGUF file (version 2 or 3, little-endian) and map its tensors.
 
     Returns:
@@ -85,6 +87,26 @@ def open_gguf(path: str | Path) -> GgufFile:
     if size < expected:
         raise InputError(f"{path} is cut short: {size} bytes, its tensors end at {expected}")
     return GgufFile(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+
+
+def require_dequantisable(file: GgufFile) -> None:
+    """Raise an InputError that names the types of tensors which `dequantised` can't read."""
+    kinds = sorted({tensor.kind for tensor in file.tensors.values()})
+    if unknown := [kind.name for kind in kinds if not _dequantisable(kind)]:
+        raise InputError(f"{file.path}: tensor types that can't be read: {', '.join(unknown)}")
+
+
+def dequantised(file: GgufFile, name: str) -> np.ndarray:
+    """The values of one tensor, float32; a view of the file where they are stored so."""
+    return dequantize(file.rows(name), file.tensors[name].kind)
+
+
+def _dequantisable(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _CutShortError(Exception):
