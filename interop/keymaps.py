@@ -315,6 +315,26 @@ def tensor_name(rule: Rule, index: Index = ()) -> str:
     return rule.name.format(**dict(zip(_placeholders(rule.name), index, strict=True)))
 
 
+def tensor_shape(rule: Rule, shape: Shape) -> Shape:
+    """The shape of the rule's tensor, from the leaf's.
+
+    >>> tensor_shape(Rule("w", "h.{i}.w", (1, 0), part=(0, 2)), (3, 4, 6))
+    (3, 4)
+    """
+    inner = shape[rule.stack :]
+    inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
+    return tuple(inner[axis] for axis in rule.order) if rule.order else inner
+
+
+def tensor_view(rule: Rule, leaf: np.ndarray, index: Index = ()) -> np.ndarray:
+    """The rule's tensor at one index of the leaf's stack, as a view of the leaf."""
+    (number, count), inner = rule.part, leaf[index]
+    if count > 1:
+        width = inner.shape[-1] // count
+        inner = inner[..., number * width : (number + 1) * width]
+    return inner.transpose(rule.order) if rule.order else inner
+
+
 def indices(rule: Rule, shape: Shape) -> list[Index]:
     """Every index of the stack of a leaf of that shape, in order; ``[()]`` where there is none.
 
@@ -364,18 +384,8 @@ def _names(rule: Rule, shape: Shape) -> list[str]:
 
 
 def _tensors(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
-    """Each tensor of the rule, by name, as a view of the leaf."""
-    number, count = rule.part
-    width = leaf.shape[-1] // count if leaf.ndim else 1
     for index in indices(rule, leaf.shape):
-        inner = leaf[index] if count == 1 else leaf[index][..., number * width :][..., :width]
-        yield tensor_name(rule, index), inner.transpose(rule.order) if rule.order else inner
-
-
-def _tensor_shape(rule: Rule, shape: Shape) -> Shape:
-    inner = shape[rule.stack :]
-    inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
-    return tuple(inner[axis] for axis in rule.order) if rule.order else inner
+        yield tensor_name(rule, index), tensor_view(rule, leaf, index)
 
 
 def _require_fit(
@@ -387,7 +397,7 @@ def _require_fit(
     same_dtype: bool,
 ) -> None:
     """Raise one InputError for everything that keeps ``found`` from filling ``wanted``."""
-    shapes = {n: _tensor_shape(rule, shape) for rule, shape in wanted for n in _names(rule, shape)}
+    shapes = {n: tensor_shape(rule, shape) for rule, shape in wanted for n in _names(rule, shape)}
     present = {name: info for name, info in found.items() if name in shapes}
     extra = [n for n in found if n not in shapes and not _ignorable(n, table)]
     copies = {n: table.copies[n] for n in extra if table.copies.get(n) in present}
