@@ -16,7 +16,6 @@ https://github.com/ggml-org/llama.cpp
 
 import math
 import os
-import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -42,6 +41,8 @@ IDENTITY = {"general.type": "adapter", "adapter.type": "lora"}
 _ARCHITECTURE = "general.architecture"
 _WITHOUT_EFFECT = ("general.", "adapter.lora.task_name", "adapter.lora.prompt_prefix")
 _PARTS = ("a", "b")
+_SHOWN_AT_MOST = 80
+_LARGEST = float(np.finfo(np.float32).max)
 
 _ALPHA_OF_ZERO = f"{ALPHA} is 0 or absent: the scale is then 1"
 _NORMS = "norms are trained too: llama.cpp itself doesn't read them, and keeps the base's"
@@ -96,7 +97,7 @@ def _architecture(file: GgufFile) -> str:
     if not (type(alpha) is float and 0 <= alpha < math.inf):
         problems.append(f"{ALPHA} is {_shown(alpha)}, expected a finite float, 0 or more")
     problems += [
-        f"{key}={_shown(value)} is not implemented"
+        f"{_shown(key)}={_shown(value)} is not implemented"
         for key, value in metadata.items()
         if key not in (*IDENTITY, ALPHA) and not key.startswith(_WITHOUT_EFFECT)
     ]
@@ -109,7 +110,8 @@ def _is(value: Any, expected: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return reprlib.repr(value)
+    text = repr(value)
+    return text if len(text) <= _SHOWN_AT_MOST else f"{text[:_SHOWN_AT_MOST]}..."
 
 
 def _adapter(file: GgufFile, known: Iterable[Place]) -> FileAdapter:
@@ -131,13 +133,17 @@ def _pairs(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
     pairs = defaultdict(dict)
     for name in tensors:
         base, _, part = name.rpartition(".lora_")
-        pairs[base if part in _PARTS else name][part if base and part in _PARTS else ""] = name
+        is_factor = base and part in _PARTS
+        pairs[base if is_factor else name][part if is_factor else ""] = name
     return pairs
 
 
 def _tensor_problems(
     file: GgufFile, pairs: Mapping[str, Mapping[str, str]], found: Iterable[Place]
 ) -> Iterator[str]:
+    size = sum(tensor.nbytes for tensor in file.tensors.values())
+    if size > len(file.data):
+        yield f"tensors of {size} bytes in a file of {len(file.data)}: they overlap"
     by_tensor = {place.tensor: place for place in found}
     for tensor, parts in pairs.items():
         place = by_tensor.get(tensor)
@@ -150,9 +156,6 @@ def _tensor_problems(
             yield f"{tensor!r} itself is in the file beside its factors"
         else:
             yield from _shape_problems(place, [file.tensors[parts[part]].shape for part in wanted])
-    size = sum(tensor.nbytes for tensor in file.tensors.values())
-    if size > len(file.data):
-        yield f"tensors of {size} bytes in a file of {len(file.data)}: they overlap"
 
 
 def _shape_problems(place: Place, shapes: list[tuple[int, ...]]) -> Iterator[str]:
@@ -176,7 +179,7 @@ def _module(file: GgufFile, place: Place, alpha: float) -> ModuleAdapter:
 
 def _overflows(modules: Mapping[str, ModuleAdapter]) -> Iterator[str]:
     for name, module in modules.items():
-        if module.scale * float(np.abs(module.b).max()) > np.finfo(np.float32).max:
+        if module.scale * float(np.abs(module.b).max()) > _LARGEST:
             yield f"B of {name!r} times its scale {module.scale}"
 
 

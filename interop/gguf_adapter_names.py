@@ -85,9 +85,10 @@ def places_of_names(tensors: Iterable[str], architecture: str) -> list[Place]:
     torch_names = _weights(names.torch)
     found = []
     for tensor in tensors:
-        template = _LAYER.sub("{i}", tensor, count=1)
+        layer = _LAYER.search(tensor)
+        index = (int(layer[0]),) if layer else ()
+        template = f"{tensor[: layer.start()]}{{i}}{tensor[layer.end() :]}" if layer else tensor
         if rule := rules.get(template):
-            index = tuple(map(int, _LAYER.findall(tensor)))
             module = tensor_name(torch_names[rule.path], index).removesuffix(".weight")
             head_dim = None if rule.path in names.reordered else 0
             found.append(Place(tensor, module, _KINDS[rule.kind], (), head_dim))

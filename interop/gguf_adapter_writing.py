@@ -6,10 +6,9 @@ come from one alpha they are kept; else alpha is the largest rank and B takes up
     B' = B · scale · rank / alpha
 """
 
-import difflib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -56,8 +55,7 @@ def write(
     raise_all("a GGUF file can't hold the adapter", _problems(adapter, modules, config))
     raise_all("the adapter does not fit the model", _misfits(modules, known))
     checked(adapter._replace(modules=modules), "the adapter")
-    alpha = _common_alpha(modules.values()) or float(max(m.rank for m in modules.values()))
-    factors = {name: _factor(module, alpha) for name, module in modules.items()}
+    alpha, factors = _alpha_and_factors(modules)
     tensors = {
         f"{place.tensor}.lora_{part}": array
         for name, place in known.items()
@@ -70,18 +68,15 @@ def write(
     return tuple(_notes(factors))
 
 
-def _common_alpha(modules: Iterable[ModuleAdapter]) -> float | None:
-    """The alpha that gives every scale, as llama.cpp computes it; ``None`` if there is none."""
+def _alpha_and_factors(modules: Mapping[str, ModuleAdapter]) -> tuple[float, dict[str, float]]:
+    """The alpha to write, and by what B of each module is to be multiplied."""
     with np.errstate(over="ignore"):
-        found = {float(np.float32(module.scale * module.rank)) for module in modules}
+        found = {float(np.float32(module.scale * module.rank)) for module in modules.values()}
     alpha = found.pop()
-    return alpha if not found and 0 < alpha < np.inf else None
-
-
-def _factor(module: ModuleAdapter, alpha: float) -> float:
-    """By what B is multiplied so that alpha / rank is left for llama.cpp."""
-    factor = module.scale * module.rank / alpha
-    return 1.0 if np.float32(factor) == 1 else factor
+    if not found and 0 < alpha < np.inf:  # llama.cpp computes alpha / rank in float32 as well
+        return alpha, dict.fromkeys(modules, 1.0)
+    alpha = float(max(module.rank for module in modules.values()))
+    return alpha, {name: m.scale * m.rank / alpha for name, m in modules.items()}
 
 
 def _factors(
@@ -140,8 +135,7 @@ def _misfits(modules: Mapping[str, ModuleAdapter], known: Mapping[str, Place]) -
     for name, module in modules.items():
         place = known.get(name)
         if place is None:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            yield f"{name!r} is not of this model (nearest: {', '.join(near)})"
+            yield f"{name!r} is no linear layer or embedding of the model"
         elif module.kind != place.kind:
             yield f"{name!r} is {module.kind} in the adapter and {place.kind} in the model"
         elif place.sizes != (sizes := (*module.a.shape[1:], module.b.shape[0])):
