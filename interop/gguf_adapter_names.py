@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from interop.keymaps import LLAMA, LLAMA_GGUF, Keymap, Rule, indices, llama_shapes, tensor_name
+from interop.keymaps import LLAMA, LLAMA_GGUF, Keymap, Rule, indices, tensor_name
 from lora_jax.models.config import DecoderConfig
 
 PlaceKind = Literal["linear", "embedding", "norm"]
@@ -51,11 +51,14 @@ def places(config: DecoderConfig, architecture: str) -> list[Place]:
     >>> for place in places(config, "llama")[:3]: print(*place)
     token_embd.weight model.embed_tokens embedding (8, 4) 0
     blk.0.attn_norm.weight model.layers.0.input_layernorm norm (4,) 0
-    blk.0.ffn_norm.weight model.layers.0.post_attention_layernorm norm (4,) 0
+    blk.0.attn_q.weight model.layers.0.self_attn.q_proj linear (4, 4) 2
     """
+    from lora_jax.models.decoder import leaf_shapes
+
     names = ARCHITECTURES[architecture]
     rules, torch_names = _weights(names.gguf), _weights(names.torch)
-    shapes = {path: shape for path, shape in llama_shapes(config).items() if path in rules}
+    known = leaf_shapes(config)
+    shapes = {path: known[path] for path in rules if path in known}
     found = []
     for path, shape in shapes.items():
         rule = rules[path]

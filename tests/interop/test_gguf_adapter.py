@@ -15,8 +15,9 @@ from interop.adapter_file import delta_weight
 from interop.adapter_plan import from_plan, to_plan
 from interop.gguf_adapter import read, read_for_inspection
 from interop.gguf_adapter_writing import write
-from interop.keymaps import LLAMA, LLAMA_GGUF, from_torch, llama_shapes, to_torch
+from interop.keymaps import LLAMA, LLAMA_GGUF, from_torch, to_torch
 from lora_jax.errors import InputError
+from lora_jax.models.decoder import leaf_shapes
 
 from gguf_adapters import random_adapter, stored_factors, write_with_package
 from small_models import SMALL, decoder_logits, gguf_tensors, random_params
@@ -62,7 +63,7 @@ def loaded(config, weights):
         return rows.reshape(n, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
     weights = {name: halves(name, rows) for name, rows in weights.items()}
-    return from_torch(weights, LLAMA_GGUF, llama_shapes(config), dtype="float32")
+    return from_torch(weights, LLAMA_GGUF, leaf_shapes(config), dtype="float32")
 
 
 def adapted(config, params, adapter):
@@ -70,7 +71,7 @@ def adapted(config, params, adapter):
     weights = to_torch(params, LLAMA)
     for name, module in adapter.modules.items():
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta_weight(module)
-    return from_torch(weights, LLAMA, llama_shapes(config))
+    return from_torch(weights, LLAMA, leaf_shapes(config))
 
 
 def assert_same_modules(found, expected):
@@ -259,7 +260,7 @@ def test_a_look_at_a_file_needs_neither_base_nor_jax(tmp_path):
     tensors = stored_factors(random_adapter(UNTIED), UNTIED)
     path = write_with_package(tmp_path / "a", tensors)
     printed = subprocess.check_output([sys.executable, "-c", LOOK, str(path)], text=True)
-    names = "['model.embed_tokens', 'model.layers.0.self_attn.q_proj']"
+    names = "['model.embed_tokens', 'model.layers.0.mlp.down_proj']"
     note = "rows of q and k are in llama.cpp's order: only a base's head size puts them back"
     assert printed.strip() == f"set() {names} {note}"
     known = read(path, UNTIED)
