@@ -46,7 +46,7 @@ def show(options: Options) -> int:
 def as_json(found: "Inspection") -> str:
     """All of it, numbers in full; what isn't finite is null, as JSON has no such numbers."""
     modules = [module._asdict() for module in found.modules]
-    return json.dumps(_finite({**found._asdict(), "modules": modules}), indent=2)
+    return json.dumps(finite({**found._asdict(), "modules": modules}), indent=2)
 
 
 def bar(values: Sequence[float], width: int = _BAR_WIDTH) -> str:
@@ -131,9 +131,10 @@ def _span(values: set[Any]) -> str:
     return " … ".join(ends)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value for JSON, which has no NaN and no infinity: they are null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
