@@ -26,6 +26,9 @@ COMMANDS = {
     ),
     "inspect plan": Command("inspect_plan", "show which weights a target pattern adapts, and how"),
     "bench flops": Command("bench_flops", "count the training step's FLOPs beside the theory"),
+    "inspect": Command("inspect_adapter", "show what is in an adapter, whatever its format"),
+    "diff": Command("diff", "compare two adapters of any formats, module by module"),
+    "bench convert": Command("bench_convert", "time state dict <-> parameters beside memcpy"),
     "bench step": Command("bench_step", "time the training step beside torch + PEFT"),
     "bench trace": Command("bench_trace", "time tracing beside LoRA written by hand"),
 }
