@@ -1,5 +1,6 @@
 """Attention without parameters: rotary embeddings, masks, the key-value cache, the products."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -125,7 +126,14 @@ def write(slots: Array, new: Array, starts: Array) -> Array:
     return put(slots, new.astype(slots.dtype), starts, 0)
 
 
-def attend(query: Array, keys: Array, values: Array, bias: Array) -> Array:
+def attend(
+    query: Array,
+    keys: Array,
+    values: Array,
+    bias: Array,
+    *,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
     """softmax(q kᵀ / √head_dim + bias) v, softmax in float32.
 
     Query heads that share a key head are folded into the query's time axis, so that both
@@ -135,6 +143,7 @@ def attend(query: Array, keys: Array, values: Array, bias: Array) -> Array:
         query: (batch, time, heads, head_dim).
         keys, values: (batch, slots, kv_heads, head_dim).
         bias: float32, broadcastable to (batch, kv_heads, group, time, slots).
+        dropout: applied to the weights that softmax gives.
 
     Returns:
         (batch, time, heads * head_dim) in the query's dtype.
@@ -148,6 +157,7 @@ def attend(query: Array, keys: Array, values: Array, bias: Array) -> Array:
     folded = query.reshape(batch, kv_heads, group * time, head_dim)
     scores = _batched(folded, keys.astype(query.dtype), contract=3, result=jnp.float32)
     weights = jax.nn.softmax(scores.reshape(batch, kv_heads, group, time, slots) + bias)
+    weights = weights if dropout is None else dropout(weights)
     weights = weights.astype(query.dtype).reshape(scores.shape)
     mixed = _batched(weights, values.astype(query.dtype), contract=2, result=query.dtype)
     return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2).reshape(batch, time, -1)
