@@ -29,7 +29,8 @@ from interop.equivalence_report import (
     LayerDifference,
     Report,
 )
-from interop.keymaps import LLAMA, Keymap
+from interop.families import keymap_of
+from interop.keymaps import Keymap, blocks_of
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
@@ -59,7 +60,7 @@ def verify(
     trained: tuple[Adapter, Plan] | None = None,
     max_new_tokens: int = 64,
     criteria: Criteria = STANDARD,
-    keymap: Keymap = LLAMA,
+    keymap: Keymap | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Compare a base and an adapter with the same in ``transformers`` and ``peft``.
@@ -74,7 +75,7 @@ def verify(
       trained: adapter and plan that the directory should hold; by default they are read from it.
       max_new_tokens: greedy tokens per prompt.
       criteria: what has to hold.
-      keymap: which torch module holds which leaf.
+      keymap: which torch module holds which leaf; by default the one of the model's family.
       progress: called with what is about to be computed.
 
     Raises:
@@ -84,6 +85,7 @@ def verify(
     _require_vocabulary(prompts, model.config.vocab_size)
     config = dataclasses.replace(model.config, dtype="float32")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
+    keymap = keymap or keymap_of(config)
     stored = peft.read(directory, params, keymap=keymap)
     adapter, plan = trained or stored
     base = _our_side(language_model(config), _forward(config), params)
@@ -94,12 +96,13 @@ def verify(
         task = _Task(prompts, answers, max_new_tokens, model.tokenizer.decode, progress)
         progress("building the base in transformers")
         torch_model = hf.to_transformers(config, params)
-        torch_base = _torch_side(torch_model, torch_model)
+        blocks = torch_model.get_submodule(blocks_of(keymap))
+        torch_base = _torch_side(torch_model, blocks)
         base_answers = base.answers(prompts, max_new_tokens)
         base_comparison, base_logits = _compare("base", base, torch_base, base_answers, task)
         progress("loading the adapter with peft")
         peft_model, warned = _load_with_peft(torch_model, directory)
-        torch_adapted = _torch_side(peft_model, torch_model)
+        torch_adapted = _torch_side(peft_model, blocks)
         comparison, logits = _compare("adapted model", adapted, torch_adapted, answers, task)
     effect = _max_abs(logits - base_logits)
     positions = sum(map(len, task.rows))
@@ -161,15 +164,15 @@ def _forward(config: DecoderConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
     return forward
 
 
-def _torch_side(model: Any, decoder: Any) -> _Side:
-    """A transformers model, or a PEFT model around the ``decoder`` of transformers."""
+def _torch_side(model: Any, blocks: Any) -> _Side:
+    """A transformers model, or a PEFT model around it, with the list of its ``blocks``."""
     import torch
 
     def forward(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hidden = []
         hooks = [
             layer.register_forward_hook(lambda _, __, output: hidden.append(output))
-            for layer in decoder.model.layers
+            for layer in blocks
         ]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(tokens, dtype=torch.long), use_cache=False).logits
