@@ -1,6 +1,6 @@
 """Attention without parameters: rotary embeddings, masks, the key-value cache, the products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -227,6 +227,7 @@ def attend(
     *,
     query_scalar: float | None = None,
     softcap: float | None = None,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
     """softmax(q kᵀ / √query_scalar + bias) v, softmax in float32.
 
@@ -239,6 +240,7 @@ def attend(
         bias: float32, broadcastable to (batch, kv_heads, group, time, slots).
         query_scalar: ``head_dim`` by default.
         softcap: scores become softcap · tanh(scores / softcap) before the bias is added.
+        dropout: applied to the weights that softmax gives.
 
     Returns:
         (batch, time, heads * head_dim) in the query's dtype.
@@ -254,6 +256,7 @@ def attend(
     if softcap is not None:
         scores = capped(scores, softcap)
     weights = jax.nn.softmax(scores.reshape(batch, kv_heads, group, time, slots) + bias)
+    weights = weights if dropout is None else dropout(weights)
     weights = weights.astype(query.dtype).reshape(scores.shape)
     mixed = _batched(weights, values.astype(query.dtype), contract=2, result=query.dtype)
     return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2).reshape(batch, time, -1)
