@@ -176,7 +176,8 @@ def _full(path: str, found: Mapping[str, np.ndarray], tree: Tree) -> tuple[Site,
     value = np.empty(leaf.shape, np.float32)
     for name, array in found.items():
         rule, index = tree.spots[name]
-        tensor_view(rule, value, index)[...] = array
+        view = tensor_view(rule, value, index)
+        view[...] = array.reshape(view.shape)
     dtype = np.dtype(leaf.dtype).name
     site = Site(path, tuple(leaf.shape), dtype, (), 0, 1.0, variant="full")
     return site, entry_of(site, {"value": jnp.asarray(value)})
@@ -207,7 +208,9 @@ def _modules_of(site: Site, entry: Any, tree: Tree) -> dict[str, ModuleAdapter]:
 def _parameters_of(site: Site, entry: Any, tree: Tree) -> dict[str, np.ndarray]:
     value = np.asarray(entry.value, np.float32)
     return {
-        tensor_name(rule, index): tensor_view(rule, value, index)
+        tensor_name(rule, index): tensor_view(rule, value, index).reshape(
+            tensor_shape(rule, site.shape)
+        )
         for rule in tree.rules[site.path]
         for index in indices(rule, site.shape)
     }

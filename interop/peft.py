@@ -26,10 +26,11 @@ from interop import torch_io
 from interop.keymaps import Keymap
 from interop.peft_config import read_config
 from interop.peft_config_writing import config_of
-from interop.peft_layout import Base
+from interop.peft_modules import Base
+from interop.peft_plans import plan_problems, serving_problems
 from interop.peft_reading import sites_and_entries
 from interop.peft_serving import folded
-from interop.peft_writing import plan_problems, serving_problems, tensors_of, value_problems
+from interop.peft_writing import tensors_of, value_problems
 from lora_jax.adapter import Adapter, check
 from lora_jax.errors import InputError
 from lora_jax.files import write_text
@@ -53,6 +54,7 @@ def write(
     params: Any = None,
     base_model_name: str | None = None,
     revision: str | None = None,
+    task_type: str | None = None,
     base: Mapping[str, Any] | None = None,
     for_serving: bool = False,
     overwrite: bool = False,
@@ -70,6 +72,8 @@ def write(
         or a leaf is trained whole, which PEFT stores according to what else the model has.
       base_model_name: hub id or directory of the base, for PEFT's auto classes.
       revision: of ``base_model_name``.
+      task_type: PEFT's, for its auto classes; by default ``CAUSAL_LM`` where the keymap has a
+        module ``lm_head``, else none, which any torch module can be loaded with.
       base: JSON values about the base, such as name and digest, for the manifest; `base_of`
         gives them back.
       for_serving: write one rank and one scale for all, which vLLM and SGLang need: A and B are
@@ -101,13 +105,14 @@ def write(
     1.5
     """
     check(adapter, plan)
-    model = _base(keymap, params)
+    model = _base(keymap, params, plan)
     problems = [*plan_problems(plan, model), *value_problems(adapter, plan, model)]
     if for_serving and not problems:
         problems = [*serving_problems(plan, model)]
     _raise_all("this adapter can't be written for PEFT", problems)
     adapter, plan, notes = folded(adapter, plan) if for_serving else (adapter, plan, ())
-    config = config_of(plan, model, base_model_name, revision)
+    task_type = task_type or ("CAUSAL_LM" if _has_head(keymap) else None)
+    config = config_of(plan, model, base_model_name, revision, task_type)
     replaceable = (*_FILES, MANIFEST) if overwrite else ()
     with new_or_replaced(Path(directory).absolute(), replaceable) as folder:
         write_text(folder / CONFIG, to_json(config))
@@ -121,7 +126,7 @@ def require_writable(plan: Plan, *, keymap: Keymap, params: Any = None) -> None:
 
     It needs no adapter: ask before training rather than after. Arguments are those of `write`.
     """
-    problems = plan_problems(plan, _base(keymap, params))
+    problems = plan_problems(plan, _base(keymap, params, plan))
     _raise_all("this plan can't be written for PEFT", problems)
 
 
@@ -170,8 +175,14 @@ def base_of(directory: str | os.PathLike) -> dict[str, Any]:
     return checked_base(directory, _FILES) if (directory / MANIFEST).exists() else {}
 
 
-def _base(keymap: Keymap, params: Any) -> Base:
-    return Base(keymap, None if params is None else named_leaves(params))
+def _base(keymap: Keymap, params: Any, plan: Plan) -> Base:
+    """Where the parameters aren't given, as much of the base as the plan tells."""
+    leaves = {site.path: site for site in plan.sites} if params is None else named_leaves(params)
+    return Base(keymap, leaves, known=params is not None)
+
+
+def _has_head(keymap: Keymap) -> bool:
+    return "lm_head.weight" in {*keymap.copies, *(rule.name for rule in keymap.rules)}
 
 
 def _read_tensors(directory: Path) -> torch_io.Tensors:
