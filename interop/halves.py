@@ -4,7 +4,6 @@ The two orders of a head's features compute the same where queries and keys are 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,10 @@ def split_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def in_halves(
-    config: DecoderConfig, params: Mapping[str, Any]
-) -> tuple[DecoderConfig, Mapping[str, Any]]:
-    """The same decoder with rotated halves: outputs of q and k in another order."""
+def in_halves(config: DecoderConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters for rotated halves: outputs of q and k in another order."""
     if not config.rope_interleaved:
-        return config, params
+        return params
 
     def moved(path: str, leaf: Any) -> Any:
         if path.split("/")[-2] not in ("q_proj", "k_proj"):
@@ -38,5 +35,4 @@ def in_halves(
         outputs = np.moveaxis(np.asarray(leaf), -1, 0)
         return np.moveaxis(split_halves(outputs, config.head_dim), 0, -1)
 
-    leaves = {path: moved(path, leaf) for path, leaf in flatten(params).items()}
-    return replace(config, rope_interleaved=False), nest(leaves)
+    return nest({path: moved(path, leaf) for path, leaf in flatten(params).items()})

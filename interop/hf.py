@@ -132,7 +132,7 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTra
     import transformers
     from transformers.utils import logging
 
-    config, params = _counterpart(config, params)
+    config, params = in_transformers(config, params)
     weights = {
         name: torch.from_numpy(np.array(array, np.float32, order="C"))
         for name, array in _tensors(config, params, keymap_of(config)).items()
@@ -157,14 +157,19 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTra
     return model.eval()
 
 
-def _counterpart(
+def in_transformers(
     config: DecoderConfig, params: Mapping[str, Any]
 ) -> tuple[DecoderConfig, Mapping[str, Any]]:
-    """The same model in a family that transformers has."""
-    name = family_of(config).counterpart
-    if name is None:
+    """The same model in a family that transformers has: MiniMind as Llama or Qwen3."""
+    if family_of(config).counterpart is None:
         return config, params
-    return in_halves(replace(config, family=name), params)
+    return counterpart(config), in_halves(config, params)
+
+
+def counterpart(config: DecoderConfig) -> DecoderConfig:
+    """The config of `in_transformers`."""
+    name = family_of(config).counterpart
+    return config if name is None else replace(config, family=name, rope_interleaved=False)
 
 
 def _tensors(
