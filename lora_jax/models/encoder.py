@@ -26,6 +26,7 @@ from jax import Array, lax
 
 from lora_jax.errors import InputError
 from lora_jax.models.attention import attend
+from lora_jax.models.decoder import ACTIVATIONS
 from lora_jax.models.encoder_config import EncoderConfig
 
 __all__ = [
@@ -38,13 +39,6 @@ __all__ = [
 
 _normal = nn.initializers.normal(0.02)
 _float32_dot = partial(lax.dot_general, preferred_element_type=jnp.float32)
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
 
 
 class EncoderOutput(NamedTuple):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from lora_jax.models.experts_form import ExpertsForm
+from lora_jax.models.forms import ExpertsForm
 
 __all__ = ["ExpertsForm", "RoutedMLP", "Routing", "sequence_loss", "switch_loss"]
 
@@ -64,6 +64,8 @@ class RoutedMLP(nn.Module):
     form: ExpertsForm
     activation: Activation = nn.silu
     dtype: str = "float32"
+    products: str = "scan"
+    """How experts are computed: a key of `PRODUCTS`."""
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
@@ -76,7 +78,7 @@ class RoutedMLP(nn.Module):
         routing = Routing(probabilities, chosen)
         self.sow("routing", "router", routing, init_fn=lambda: None, reduce_fn=_latest)
         met = Met(chosen.reshape(-1, form.per_token), weights.reshape(-1, form.per_token))
-        experts = Experts(form, self.activation, self.dtype, name="experts")
+        experts = Experts(form, self.activation, self.dtype, self.products, name="experts")
         mixed = experts(hidden.reshape(-1, features), met).reshape(hidden.shape)
         if not form.shared_width:
             return mixed
@@ -97,6 +99,7 @@ class Experts(nn.Module):
     form: ExpertsForm
     activation: Activation
     dtype: str
+    products: str
 
     @nn.compact
     def __call__(self, tokens: Array, met: Met) -> Array:
@@ -108,8 +111,8 @@ class Experts(nn.Module):
         gate_up, down = (
             self.param(name, _normal, shape).astype(self.dtype) for name, shape in shapes.items()
         )
-        compute = {"scan": one_after_another, "ragged": sorted_by_expert}[form.products]
-        return compute(tokens, met, gate_up, down, self.activation).astype(self.dtype)
+        mixed = PRODUCTS[self.products](tokens, met, gate_up, down, self.activation)
+        return mixed.astype(self.dtype)
 
 
 class SharedExpert(nn.Module):
@@ -161,6 +164,9 @@ def sorted_by_expert(
     made = lax.ragged_dot(activation(gate) * up, down, sizes)[jnp.argsort(order)]
     made = made.reshape(*met.chosen.shape, -1).astype(jnp.float32)
     return jnp.sum(made * met.weights[:, :, None], axis=1)
+
+
+PRODUCTS = {"scan": one_after_another, "ragged": sorted_by_expert}
 
 
 def switch_loss(routing: Routing, mask: Array | None = None) -> Array:

@@ -34,6 +34,7 @@ OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -85,6 +86,14 @@ CASES = {
             "sliding_window": 5,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
+    ),
+    "mixtral": Case("mixtral", {"num_local_experts": 4}),
+    "mixtral window": Case("mixtral", {"sliding_window": 5, "num_experts_per_tok": 1}),
+    "qwen3_moe": Case("qwen3_moe", MOE),
+    "qwen3_moe windows": Case(
+        "qwen3_moe",
+        {**MOE, "norm_topk_prob": True, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
     ),
     "smollm3": Case("smollm3", {"no_rope_layer_interval": 2}),
     "gemma": Case("gemma", {"num_key_value_heads": 1}),
