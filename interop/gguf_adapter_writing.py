@@ -124,7 +124,7 @@ def _problems(
             yield f"{name!r} has a DoRA magnitude: merge the adapter into the base"
         if module.bias is not None:
             yield f"{name!r} has a bias on B: merge the adapter into the base"
-    for name in modules.keys() & modules_of_tables(config, _LLAMA):
+    for name in sorted(modules.keys() & modules_of_tables(config, _LLAMA)):
         yield (
             f"{name!r} is of the table that embedding and head share, and llama.cpp fails to "
             "apply one pair to both: merge the adapter, or untie the base"
