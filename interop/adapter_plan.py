@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, checked, raise_all
-from interop.keymaps import Index, Keymap, indices, tensor_name, tensor_view
+from interop.adapter_format import BaseModule
+from interop.keymaps import Index, Keymap, indices, tensor_name, tensor_shape, tensor_view
 from interop.module_places import Spot, Tree, factors, roles
 from interop.module_problems import (
     Placed,
@@ -27,6 +28,7 @@ from interop.module_problems import (
     misfits,
     settings_by_layer,
     site_problems,
+    unknown_names,
 )
 from lora_jax.adapter import Adapter, Entry, check, entry_of
 from lora_jax.paths import named_leaves
@@ -56,9 +58,10 @@ def to_plan(file: FileAdapter, params: Any, keymap: Keymap) -> tuple[Adapter, Pl
     >>> adapter["lm_head/kernel"].a.shape, plan["lm_head/kernel"].scale
     ((4, 2), 1.5)
     """
-    checked(file, "the adapter")
     leaves = named_leaves(params)
     tree = Tree(keymap, leaves)
+    raise_all("the adapter does not fit the model", unknown_names(file, tree))
+    checked(file, "the adapter")
     raise_all("the adapter does not fit the model", misfits(file, tree))
     pairs, whole = _pairs_by_leaf(file, tree), _whole_by_leaf(file, tree)
     rows = {tree.spots[f"{name}.weight"].rule.path: found for name, found in file.rows.items()}
@@ -105,6 +108,21 @@ def from_plan(adapter: Adapter, plan: Plan, keymap: Keymap, *, params: Any = Non
     shared = any(tree.sharers(rule) for path in plan for rule in tree.rules[path])
     return checked(FileAdapter("lora_jax", **{"modules": {}, **found}, shares_tables=shared),
                    "the adapter")  # fmt: skip
+
+
+def base_modules(params: Any, keymap: Keymap) -> dict[str, BaseModule]:
+    """The base's modules by torch name, for the readers of formats that need to know them.
+
+    >>> from interop.keymaps import LLAMA
+    >>> base_modules({"lm_head": {"kernel": jnp.ones((4, 6))}}, LLAMA)
+    {'lm_head': BaseModule(kind='linear', shape=(6, 4))}
+    """
+    tree = Tree(keymap, named_leaves(params))
+    return {
+        module: BaseModule(rule.kind, tensor_shape(rule, tuple(tree.leaves[rule.path].shape)))
+        for module in tree.modules
+        for rule in [tree.spots[f"{module}.weight"].rule]
+    }
 
 
 def _pairs_by_leaf(file: FileAdapter, tree: Tree) -> dict[str, dict[Index, list[Placed]]]:

@@ -48,6 +48,8 @@ _DTYPES: dict[str, Any] = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
+PICKLES = (".bin", ".pth", ".pt")
+
 _OLDEST_SAFE_TORCH = (2, 10)
 
 
@@ -70,6 +72,11 @@ def read(path: str | os.PathLike) -> Tensors:
     if reader is None:
         raise InputError(f"{path}: can't read tensors from this; expected {', '.join(_READERS)}")
     return reader(path)
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings in the header of a safetensors file that `read` has accepted."""
+    return _read_header(existing_file(path))[0].get("__metadata__", {})
 
 
 def read_directory(directory: str | os.PathLike) -> Tensors:
@@ -117,6 +124,18 @@ def write(
         file.write(header)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+
+
+def write_pickle(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a torch pickle of a plain dict of tensors, atomically; equal input, equal bytes.
+
+    Raises:
+      InputError: torch is missing, or a place that can't be written.
+    """
+    torch = _safe_torch(Path(path))
+    state = {name: _to_torch(np.array(array, order="C")) for name, array in tensors.items()}
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def write_directory(
@@ -231,11 +250,17 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
+def _to_torch(array: np.ndarray) -> Any:
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 _READERS: dict[str, Callable[[Path], Tensors]] = {
     ".safetensors": _read_safetensors,
-    ".bin": _read_pickle,
-    ".pth": _read_pickle,
-    ".pt": _read_pickle,
+    **dict.fromkeys(PICKLES, _read_pickle),
 }
 
 
