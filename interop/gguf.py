@@ -11,29 +11,31 @@ from typing import Any
 import numpy as np
 
 from interop.gguf_file import GgufFile, dequantised, open_gguf, require_dequantisable
-from interop.gguf_rotary import to_halves
 from interop.gguf_tokenizer import chat_tokenizer
-from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble, llama_shapes
+from interop.halves import to_halves
+from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble
 from interop.tokenizer import ChatTokenizer
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import leaf_shapes
+from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm, Rope
 
 ARCHITECTURES = ("llama",)
 
-# Key below "llama." -> DecoderConfig field.
+# Key below "llama." -> field of DecoderConfig, of its norm or of its rotation.
 REQUIRED = {
     "block_count": "num_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_rms_epsilon": "eps",
     "context_length": "max_positions",
 }
 _HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 _FIELDS = {
     **REQUIRED,
     "attention.head_count_kv": "num_kv_heads",
-    "rope.freq_base": "rope_theta",
+    "rope.freq_base": "theta",
     "vocab_size": "vocab_size",
     **dict.fromkeys(_HEAD_DIMS, "head_dim"),
 }
@@ -45,7 +47,6 @@ _ABSENT = {
     "expert_used_count": 0,
     "attention.sliding_window": 0,
 }
-_BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"}
 _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 
 
@@ -92,11 +93,18 @@ def read_config(file: GgufFile, *, dtype: str | None = None) -> DecoderConfig:
         "head_dim": fields["hidden_size"] // max(fields["num_heads"], 1),
         "vocab_size": len(file.metadata.get("tokenizer.ggml.tokens", ())),
     }
-    biases = {field: f"blk.0.{name}" in file.tensors for field, name in _BIASES.items()}
-    tied = "output.weight" not in file.tensors
-    settings = {**derived, **fields, **biases, "tie_embeddings": tied, "dtype": dtype or "float32"}
+    theta = {"theta": fields.pop("theta")} if "theta" in fields else {}
+    eps = fields.pop("eps")
     try:
-        return DecoderConfig(**settings)
+        return DecoderConfig(
+            **{**derived, **fields},
+            layer_kinds=(LayerKind(Rope(**theta)),),
+            norm=NormForm(eps=eps),
+            attention=AttentionForm(bias="blk.0.attn_q.bias" in file.tensors),
+            mlp=MLPForm(bias="blk.0.ffn_gate.bias" in file.tensors),
+            tie_embeddings="output.weight" not in file.tensors,
+            dtype=dtype or "float32",
+        )
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from error
 
@@ -111,7 +119,7 @@ def read_params(file: GgufFile, config: DecoderConfig) -> dict[str, Any]:
         return to_halves(values, config.head_dim) if _ROTARY.fullmatch(name) else values
 
     try:
-        return assemble(found, fetch, LLAMA_GGUF, llama_shapes(config), dtype=config.dtype)
+        return assemble(found, fetch, LLAMA_GGUF, leaf_shapes(config), dtype=config.dtype)
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from error
 
