@@ -75,8 +75,9 @@ def _close(found: float, wanted: float) -> bool:
 
 
 def _times(module: ModuleAdapter, factor: float) -> np.ndarray:
-    wide = np.promote_types(np.float32, module.b.dtype if module.b.dtype == np.float64 else "f4")
-    return (np.asarray(module.b, np.float64) * factor).astype(wide)
+    wide = np.promote_types(np.float32, module.b.dtype)
+    with np.errstate(over="ignore"):
+        return (np.asarray(module.b, np.float64) * factor).astype(wide)
 
 
 def _filled(module: ModuleAdapter, more: int) -> ModuleAdapter:

@@ -28,6 +28,7 @@ from interop.module_problems import (
     misfits,
     settings_by_layer,
     site_problems,
+    unknown_names,
 )
 from lora_jax.adapter import Adapter, Entry, check, entry_of
 from lora_jax.paths import named_leaves
@@ -57,9 +58,10 @@ def to_plan(file: FileAdapter, params: Any, keymap: Keymap) -> tuple[Adapter, Pl
     >>> adapter["lm_head/kernel"].a.shape, plan["lm_head/kernel"].scale
     ((4, 2), 1.5)
     """
-    checked(file, "the adapter")
     leaves = named_leaves(params)
     tree = Tree(keymap, leaves)
+    raise_all("the adapter does not fit the model", unknown_names(file, tree))
+    checked(file, "the adapter")
     raise_all("the adapter does not fit the model", misfits(file, tree))
     pairs, whole = _pairs_by_leaf(file, tree), _whole_by_leaf(file, tree)
     rows = {tree.spots[f"{name}.weight"].rule.path: found for name, found in file.rows.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
 from interop.adapter_folding import with_one_rank, with_scales
 from interop.adapter_format import Content, Format, Given, by_module, in_dtype, save, unheld
-from interop.gguf_rotary import to_halves
+from interop.halves import to_halves
 from interop.lora_pth import LAYOUTS, has, named, unwrapped
 from lora_jax.errors import InputError
 

@@ -34,7 +34,7 @@ from interop.adapter_format import (
     save,
     unheld,
 )
-from interop.gguf_rotary import to_halves, to_neighbours
+from interop.halves import to_halves, to_neighbours
 from interop.lora_pth import has
 
 _NAMES = {
