@@ -115,7 +115,7 @@ def _today(name: str) -> str:
 
 def _module(at: Mapping[str, np.ndarray], scale: float) -> ModuleAdapter:
     a, b = at["a"], at["b"]
-    if a.ndim < 2 or b.ndim != a.ndim or set(b.shape[2:]) > {1}:
+    if a.ndim < 2 or b.ndim != a.ndim or not {*b.shape[2:]} <= {1}:
         raise InputError(f"has A {a.shape} and B {b.shape}, which don't fit")
     magnitude = at.get("magnitude")
     return ModuleAdapter(

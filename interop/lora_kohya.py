@@ -28,6 +28,7 @@ from interop.adapter_format import (
     Holds,
     by_module,
     in_dtype,
+    rank_in,
     save,
     unheld,
 )
@@ -113,7 +114,7 @@ def _other_methods(names: Iterable[str]) -> Iterator[str]:
 
 def _module(at: Mapping[str, np.ndarray], name: str, given: Given) -> ModuleAdapter:
     down, up = at["down"], at["up"]
-    if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or 0 in down.shape:
+    if down.ndim < 2 or up.ndim != down.ndim or not {*up.shape[2:]} <= {1} or 0 in down.shape:
         raise InputError(f"has lora_down {down.shape} and lora_up {up.shape}, which don't fit")
     b = up.reshape(up.shape[:2])
     a = _tucker(at["mid"], down) if "mid" in at else down
@@ -125,12 +126,13 @@ def _module(at: Mapping[str, np.ndarray], name: str, given: Given) -> ModuleAdap
     magnitude = _magnitude(at["dora_scale"], b) if "dora_scale" in at else None
     found = _alpha_in(at["alpha"]) if "alpha" in at else 0.0
     kind = "conv" if a.ndim > 2 else "linear"
-    return ModuleAdapter(a, b, (found or a.shape[0]) / a.shape[0], kind, magnitude)
+    rank = rank_in(a)
+    return ModuleAdapter(a, b, (found or rank) / rank, kind, magnitude)
 
 
 def _tucker(mid: np.ndarray, down: np.ndarray) -> np.ndarray:
     """A of a kernel from its core and the 1 x 1 factor before it."""
-    if mid.ndim < 3 or mid.shape[1:2] != down.shape[:1] or set(down.shape[2:]) > {1}:
+    if mid.ndim < 3 or mid.shape[1:2] != down.shape[:1] or not {*down.shape[2:]} <= {1}:
         raise InputError(f"has lora_mid {mid.shape} and lora_down {down.shape}, which don't fit")
     narrow = down.reshape(down.shape[:2]).astype(np.float32)
     return np.moveaxis(np.tensordot(mid.astype(np.float32), narrow, (1, 0)), -1, 1)
