@@ -36,8 +36,8 @@ class Options:
     """Of A and B; by default float32."""
     alpha: float | None = None
     """lora_alpha of training, for sources that hold A and B alone."""
-    rotary: Literal["halves", "neighbours"] = "halves"
-    """Which coordinates of q and k the result's own model turns together."""
+    rotary: Literal["halves", "neighbours"] = "neighbours"
+    """Which coordinates of q and k torchtune's model turns together."""
 
 
 def run(options: Options) -> int:
