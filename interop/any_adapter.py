@@ -5,7 +5,6 @@ A run directory, a PEFT directory, a llama.cpp ``.gguf``, or a file of `interop.
 
 import os
 from pathlib import Path
-from typing import Any
 
 from interop import peft_file
 from interop.adapter_file import FileAdapter
@@ -20,11 +19,12 @@ _EMPTY = peft_file.PeftFile(FileAdapter("none", {}), {}, {})
 def open_adapter(
     path: str | os.PathLike, given: Given | None = None, *, format: str | None = None
 ) -> peft_file.PeftFile:
-    """Read an adapter to look at it; config and base are those of PEFT directories.
+    """Read an adapter without its plan; config and base are those of PEFT directories.
 
     Args:
       path: what holds it.
-      given: what formats leave out, such as alpha.
+      given: what formats leave out, such as alpha. Without the base's config the rows of q and k
+        in a ``.gguf`` stay in llama.cpp's order.
       format: ``peft``, ``gguf`` or a key of `interop.adapter_formats.FORMATS`; told from the
         content by default.
 
@@ -34,21 +34,20 @@ def open_adapter(
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    directory = next((d for d in (path / RUN_ADAPTER, path) if _is_peft(d)), None)
+    directory = next(
+        (d for d in (path / RUN_ADAPTER, path) if peft_file.is_directory_of_peft(d)), None
+    )
     if directory and format in (None, "peft"):
         return peft_file.read(directory)
     return _EMPTY._replace(adapter=_of_other_format(path, given, format))
 
 
-def _is_peft(directory: Path) -> bool:
-    return peft_file.is_directory_of_peft(directory)
-
-
-def _of_other_format(path: Path, given: Given | None, format: str | None) -> Any:
+def _of_other_format(path: Path, given: Given | None, format: str | None) -> FileAdapter:
     if path.suffix == ".gguf" and format in (None, "gguf"):
-        from interop.gguf_adapter import read_for_inspection
+        from interop import gguf_adapter
 
-        return read_for_inspection(path)
+        config = given.config if given else None
+        return gguf_adapter.read(path, config) if config else gguf_adapter.read_for_inspection(path)
     from interop import adapter_formats
 
     if format in ("peft", "gguf"):

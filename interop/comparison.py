@@ -81,7 +81,7 @@ def compare(first: FileAdapter, second: FileAdapter) -> Comparison:
 
 def _module(name: str, first: ModuleAdapter | None, second: ModuleAdapter | None) -> Difference:
     only_in = "b" if first is None else "a" if second is None else ""
-    one, two = (first or _without(second)), (second or _without(first))
+    one, two = _both(first, second)
     same_shape = _outer(one) == _outer(two)
     known = same_shape and all(np.isfinite(f).all() for m in (one, two) for f in (m.a, m.b))
     values = singular_values({"one": one, "two": two})
@@ -105,11 +105,15 @@ def _module(name: str, first: ModuleAdapter | None, second: ModuleAdapter | None
     )
 
 
-def _without(module: ModuleAdapter) -> ModuleAdapter:
-    """The module with an update of zero, and without what stands beside it."""
-    return module._replace(
-        a=np.zeros_like(module.a), b=np.zeros_like(module.b), magnitude=None, bias=None
+def _both(
+    first: ModuleAdapter | None, second: ModuleAdapter | None
+) -> tuple[ModuleAdapter, ModuleAdapter]:
+    """Both, where the one that is absent has an update of zero and nothing beside it."""
+    known = next(module for module in (first, second) if module is not None)
+    zero = known._replace(
+        a=np.zeros_like(known.a), b=np.zeros_like(known.b), magnitude=None, bias=None
     )
+    return first or zero, second or zero
 
 
 def _outer(module: ModuleAdapter) -> tuple:

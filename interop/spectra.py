@@ -39,7 +39,7 @@ def factors(module: ModuleAdapter) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_stack(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    r_a, r_b = (np.linalg.qr(each, mode="r") for each in (a.swapaxes(-1, -2), b))
+    r_a, r_b = (np.asarray(np.linalg.qr(each, mode="r")) for each in (a.swapaxes(-1, -2), b))
     return np.linalg.svd(r_b @ r_a.swapaxes(-1, -2), compute_uv=False)
 
 

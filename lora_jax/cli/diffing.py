@@ -47,9 +47,9 @@ def _given(options: Options) -> "Given":
 
     if options.model is None:
         return Given(alpha=options.alpha)
-    from lora_jax.cli.adapter_bases import given_of
+    from lora_jax.cli.adapter_bases import given_of, load_adapter_base
 
-    return given_of(options.model, alpha=options.alpha)
+    return given_of(load_adapter_base(options.model), alpha=options.alpha)
 
 
 def _require_same_rows(options: Options, formats: list[str]) -> None:

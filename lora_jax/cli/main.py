@@ -21,6 +21,8 @@ COMMANDS = {
     "generate": Command("generate", "answer prompts, with and without the adapter of a run"),
     "verify": Command("verify", "compare a run with torch + PEFT, layer by layer"),
     "merge": Command("merge", "fold an adapter into its base, as a Hugging Face directory"),
+    "import": Command("import_adapter", "make a PEFT directory of an adapter of any format"),
+    "export": Command("export_adapter", "write an adapter for llama.cpp, mlx-lm, vLLM and others"),
     "inspect data": Command(
         "inspect_data", "show rows as the model reads them, trained tokens marked"
     ),
