@@ -2,9 +2,9 @@
 
     python examples/training_equivalence.py
 
-trains a small random decoder on the rows of examples/data/identity.jsonl, from the same weights and
-on the same batches, and prints how far loss, gradient norm, A and B are apart after each update. The
-picture goes to examples/training_equivalence.png.
+trains a small random decoder on the rows of examples/data/identity.jsonl, from the same weights
+and on the same batches, and prints how far loss, gradient norm, A and B are apart after each
+update. The picture goes to examples/training_equivalence.png.
 """
 
 import argparse

@@ -34,8 +34,9 @@ def decoder_function(
     decoder = Decoder(config)
 
     def jax_fn(params: Any, tokens: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        found, seen = decoder.apply({"params": params}, tokens, mutable=["intermediates"])
-        return found[0], {layers: seen["intermediates"]["layers"]["hidden"]}
+        applied: Any = decoder.apply({"params": params}, tokens, mutable=["intermediates"])
+        (logits, _), seen = applied
+        return logits, {layers: seen["intermediates"]["layers"]["hidden"]}
 
     return jax_fn
 

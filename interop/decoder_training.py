@@ -1,4 +1,4 @@
-"""Our decoder's training beside torch's on real rows: with PEFT, and with the LoRA of torch_lora.py.
+"""Our decoder's training beside torch's on real rows: with PEFT, and with torch_lora.py.
 
 All start from one adapter and see the batches that ``lora-jax train`` would see.
 """
@@ -77,8 +77,9 @@ def row_batches(
     """
     encoded = encode_rows(chat, read_file(Path(path)).rows, "all")
     rows = fit_rows(encoded, max_length, "error").rows
-    sizes = {"max_length": max_length, "sequences_per_step": batch_size}
-    packed = arrange_rows(rows, vocab_size=vocab_size, **sizes)
+    packed = arrange_rows(
+        rows, max_length=max_length, vocab_size=vocab_size, sequences_per_step=batch_size
+    )
     epoch = plan_batches(packed, batch_size=batch_size).steps
     plan = plan_batches(packed, batch_size=batch_size, epochs=-(-steps // epoch))
     return [*islice(train_batches(packed, plan, seed=seed), steps)]
@@ -93,9 +94,7 @@ def train_on_all_sides(
       InputError: the adapter has a form that PEFT or torch_lora lacks.
     """
     config, params, adapter, plan, keymap = start
-    ours = jax_run(
-        token_loss(config, plan), params, adapter, plan, batches, recipe, keymap=keymap
-    )
+    ours = jax_run(token_loss(config, plan), params, adapter, plan, batches, recipe, keymap=keymap)
     theirs = {
         PEFT: adamw_run(peft_model(start), torch_token_loss, batches, recipe),
         TORCH_LORA: torch_lora_run(torch_lora_model(start), torch_token_loss, batches, recipe),

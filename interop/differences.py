@@ -63,13 +63,13 @@ def differences(
     Raises:
       InputError: naming every array that one side lacks, and every one of another shape.
     """
-    lacking = {"torch": ours.keys() - theirs.keys(), "JAX": theirs.keys() - ours.keys()}
+    lacking = {"torch": sorted(ours.keys() - theirs), "JAX": sorted(theirs.keys() - ours)}
     shapes = [
         f"{name} is {ours[name].shape} in JAX and {theirs[name].shape} in torch"
         for name in theirs
         if name in ours and ours[name].shape != theirs[name].shape
     ]
-    absent = [f"{side} lacks {', '.join(sorted(names))}" for side, names in lacking.items() if names]
+    absent = [f"{side} lacks {', '.join(names)}" for side, names in lacking.items() if names]
     if problems := [*absent, *shapes]:
         raise InputError(f"the two sides hold different arrays: {'; '.join(problems)}")
     return tuple(difference(name, ours[name], theirs[name]) for name in theirs)

@@ -107,7 +107,7 @@ def compare(
         theirs = torch_side(module, inputs, tuple(layers), call=call)
         return _measured(Side(output, layers, {}), theirs)
     named = partial(trained_tensors.our_tensors, plan=plan, params=params, keymap=keymap)
-    named(adapter)  # So that what the keymap lacks is said before anything is computed.
+    trained_tensors.require_fit(named(adapter), trained_tensors.trained_tensors(module))
     output, layers = our_side(lora.adapt(jax_fn, plan), (params, adapter), inputs)
     base, _ = our_side(jax_fn, (params,), inputs)
     direction = random_direction(output.shape)

@@ -95,15 +95,20 @@ def load(module: "nn.Module", tensors: Mapping[str, np.ndarray]) -> None:
     import torch
 
     targets = {name: tensor.detach() for name, tensor in trained_tensors(module).items()}
+    require_fit(tensors, targets)
+    for name, target in targets.items():
+        target.copy_(torch.from_numpy(np.array(tensors[name])))
+
+
+def require_fit(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise one InputError naming every tensor that one side lacks or that has another shape."""
     wrong = [
-        f"{name} is {_shape(tensors, name)} in JAX and {_shape(targets, name)} in torch"
-        for name in sorted(targets.keys() | tensors.keys())
-        if _shape(tensors, name) != _shape(targets, name)
+        f"{name} is {_shape(ours, name)} in JAX and {_shape(theirs, name)} in torch"
+        for name in sorted(theirs.keys() | ours.keys())
+        if _shape(ours, name) != _shape(theirs, name)
     ]
     if wrong:
         raise InputError(f"the adapter doesn't fit the torch module: {'; '.join(wrong)}")
-    for name, target in targets.items():
-        target.copy_(torch.from_numpy(np.array(tensors[name])))
 
 
 def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
