@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from interop.peft_layout import adapted_settings, is_pair, settings_of, tensor_names
@@ -34,7 +35,7 @@ def config_of(
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": bias_of(plan, base),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(partial(_is_in_out, base), settings)),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -46,7 +47,7 @@ def config_of(
         "r": rank,
         "rank_pattern": _patterns(plan, base, lambda setting: setting.rank, rank),
         "revision": revision,
-        "target_modules": _target_modules({n for n in settings if not _is_bare(n, base)}, base),
+        "target_modules": _target_modules(_modules(plan, settings, base), base),
         "task_type": task_type,
         **{key: value for key, value in _newer_keys(plan, base).items() if value},
     }
@@ -65,13 +66,11 @@ def target_parameters(settings: Iterable[str], base: Base) -> list[str]:
 
 def modules_to_save(plan: Plan, base: Base) -> set[str]:
     """The modules whose weight is trained whole; by full name, since PEFT matches any ending."""
-    return {
-        saved_module(name)
-        for site in plan.sites
-        if site.variant == "full"
-        for name in tensor_names(site, base)
-        if not name.endswith(".bias")
-    }
+    full = [site for site in plan.sites if site.variant == "full"]
+    names = {n for site in full for n in tensor_names(site, base) if not n.endswith(".bias")}
+    modules = {saved_module(name) for name in names}
+    outermost = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
+    return outermost | {name for site in full for name in _unseen_copies(site, base)}
 
 
 def saved_by_modules(plan: Plan, base: Base) -> set[str]:
@@ -106,6 +105,24 @@ def _trained_whole(plan: Plan, base: Base) -> set[str]:
 
 def _is_bare(name: str, base: Base) -> bool:
     return name not in base.modules and name in base.parameters
+
+
+def _is_in_out(base: Base, name: str) -> bool:
+    return name in base.modules and base.kind(base.modules[name][0]) == "linear_in_out"
+
+
+def _modules(plan: Plan, settings: Iterable[str], base: Base) -> set[str]:
+    modules = {name for name in settings if not _is_bare(name, base)}
+    return modules | {n for site in plan.sites if is_pair(site) for n in _unseen_copies(site, base)}
+
+
+def _unseen_copies(site: Site, base: Base) -> list[str]:
+    """The modules tied to a table that PEFT doesn't know for one by its name, as GPT-2's ``wte``.
+
+    It ties nothing then, unless the config names one of these.
+    """
+    last = saved_module(base.rules[site.path].name).rpartition(".")[2]
+    return [] if last == "embed_tokens" else base.tied_modules(site.path)
 
 
 def _deciding(settings: Mapping[str, Setting], base: Base) -> list[Setting]:

@@ -92,6 +92,25 @@ def adapted_modules(
     return {name: setting(name) for name in found}
 
 
+def ambiguous_patterns(
+    config: PeftConfig, names: Sequence[str]
+) -> list[tuple[str, str, list[Any]]]:
+    """Where the order of patterns decides: the config's key, the module, the values at stake.
+
+    >>> config = PeftConfig(8, 16, ["k_proj"], rank_pattern={"k_proj": 4, "0.k_proj": 2})
+    >>> ambiguous_patterns(config, ["layers.0.k_proj", "layers.1.k_proj"])
+    [('rank_pattern', 'layers.0.k_proj', [4, 2])]
+    """
+    matches = _matched(patterns_of(config), names)
+    keys = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
+    found = [
+        (key, name, [v for pattern, v in patterns.items() if name in matches[_after_dot(pattern)]])
+        for key, patterns in keys.items()
+        for name in names
+    ]
+    return [each for each in found if len(set(each[2])) > 1]
+
+
 def saved_tensors(config: PeftConfig, tensors: Sequence[str]) -> set[str]:
     """The parameters of the modules that PEFT copies and trains whole, by ``modules_to_save``.
 

@@ -7,6 +7,7 @@ Flax's, layers one by one or stacked.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,10 @@ import transformers
 from jax import lax
 from torch import nn
 
-from interop.keymaps import Keymap, Rule, from_torch
+from interop import hf
+from interop.keymaps import LLAMA, Keymap, Rule, from_torch, llama_shapes
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import Decoder, init_params
 
 RNG = np.random.default_rng(0)
 BATCH = 5
@@ -47,10 +51,9 @@ def torch_model(kind: Kind) -> nn.Module:
 def params_of(kind: Kind) -> Any:
     """The parameters of the function, from the torch model's."""
     state = {name: tensor.numpy() for name, tensor in torch_model(kind).state_dict().items()}
-    copies = {name for name in kind.keymap.copies if name in state}
-    state = {name: tensor for name, tensor in state.items() if name not in copies}
     if kind.shapes is None:
-        return {name: jnp.asarray(tensor) for name, tensor in state.items()}
+        own = state.keys() - kind.keymap.copies.keys()
+        return {name: jnp.asarray(state[name]) for name in own}
     params = from_torch(state, kind.keymap, kind.shapes)
     return jax.tree.map(jnp.asarray, params)
 
@@ -75,7 +78,9 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 6))
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 6)
+    )
 
 
 def mlp_function(params, x):
@@ -189,12 +194,12 @@ class ConvNet(nn.Module):
 _LETTERS = ("H", "HW", "DHW")
 
 
-def convolved(x, kernel, layout="OI", stride=1, dilation=1):
+def convolved(x, kernel, layout="OI", stride=1, dilation=1, padding=None):
     window = _LETTERS[x.ndim - 3]
     spec = {"OI": f"OI{window}", "IO": f"{window}IO"}[layout]
     ones = (1,) * len(window)
     size = kernel.shape[2] if layout == "OI" else kernel.shape[0]
-    padding = [(size // 2, size // 2)] * len(window)
+    padding = [(size // 2, size // 2) if padding is None else (padding, padding)] * len(window)
     return lax.conv_general_dilated(
         x, kernel, [stride * one for one in ones], padding,
         rhs_dilation=[dilation * one for one in ones],
@@ -206,8 +211,9 @@ def with_channels(bias, x):
     return bias.reshape(-1, *(1,) * (x.ndim - 2))
 
 
-def conv_function(params, x, stride=1, dilation=1):
-    x = convolved(x, params["first.weight"], stride=stride, dilation=dilation)
+def conv_function(params, x, stride=1, dilation=1, mode="constant"):
+    padded = jnp.pad(x, [(0, 0), (0, 0), *[(1, 1)] * (x.ndim - 2)], mode=mode)
+    x = convolved(padded, params["first.weight"], stride=stride, dilation=dilation, padding=0)
     x = jax.nn.relu(x + with_channels(params["first.bias"], x))
     x = convolved(x, params["second.weight"])
     x = jax.nn.relu(x + with_channels(params["second.bias"], x))
@@ -414,7 +420,7 @@ _GPT2_MODULES = {
 }  # fmt: skip
 GPT2_NAMES = Keymap(
     (
-        *(Rule(f"{name}.weight", f"{name}.weight", (), kind) for name, kind in _GPT2_MODULES.items()),
+        *(Rule(f"{n}.weight", f"{n}.weight", (), kind) for n, kind in _GPT2_MODULES.items()),
         *(Rule(f"transformer.h.{{i}}.{n}.bias", f"transformer.h.{{i}}.{n}.bias") for n in _CONV1D),
         *(Rule(f"transformer.{n}.{p}", f"transformer.{n}.{p}")
           for n in ("h.{i}.ln_1", "h.{i}.ln_2", "ln_f") for p in ("weight", "bias")),
@@ -422,6 +428,29 @@ GPT2_NAMES = Keymap(
     copies={"lm_head.weight": "transformer.wte.weight"},
 )  # fmt: skip
 TOKENS = RNG.integers(0, 20, (2, 9))
+
+# Llama, as this project has it: every layer of a kind in one leaf.
+
+LLAMA_CONFIG = DecoderConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=4, tie_embeddings=False,
+)  # fmt: skip
+
+
+def llama(**changes: Any) -> "Kind":
+    config = replace(LLAMA_CONFIG, **changes)
+
+    def function(params, tokens):
+        return Decoder(config).apply({"params": params}, tokens)[0]
+
+    def build():
+        params = init_params(jax.random.key(0), config)
+        # Larger projections, so that attention is not uniform.
+        params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim == 3 else leaf, params)
+        return hf.to_transformers(config, params)
+
+    return Kind(build, function, LLAMA, llama_shapes(config), (TOKENS,))
+
 
 KINDS = {
     "mlp": Kind(mlp, mlp_function, LINEAR_NAMES, None, (normal(BATCH, 12),)),
@@ -437,6 +466,14 @@ KINDS = {
     "strided conv2d": Kind(
         lambda: ConvNet(2, stride=2), functools.partial(conv_function, stride=2), CONV_NAMES,
         None, (normal(2, 3, 5, 6),),
+    ),
+    "dilated conv2d": Kind(
+        lambda: ConvNet(2, dilation=2), functools.partial(conv_function, dilation=2), CONV_NAMES,
+        None, (normal(2, 3, 5, 6),),
+    ),
+    "reflecting conv1d": Kind(
+        lambda: ConvNet(1, padding_mode="reflect"),
+        functools.partial(conv_function, mode="reflect"), CONV_NAMES, None, (normal(2, 3, 7),),
     ),
     "bag of words": Kind(
         BagOfWords, bag_function,
@@ -465,4 +502,7 @@ KINDS = {
     "GPT-2": Kind(
         lambda: transformers.GPT2LMHeadModel(GPT2), gpt2_function, GPT2_NAMES, None, (TOKENS,)
     ),
+    "Llama": llama(),
+    "tied Llama": llama(tie_embeddings=True),
+    "biased Llama": llama(attention_bias=True),
 }  # fmt: skip
