@@ -35,7 +35,7 @@ from interop.adapter_format import (
     save,
     unheld,
 )
-from interop.peft_matching import PeftConfig, adapted_modules, pattern_problems
+from interop.peft_matching import PeftConfig, adapted_modules
 from lora_jax.errors import InputError
 
 METADATA = "lora_adapter_metadata"
@@ -186,7 +186,6 @@ def _scales_of_config(
     whole = PeftConfig(**{**known, "target_modules": modules, "exclude_modules": None,
                           "modules_to_save": None, "layers_to_transform": None,
                           "layers_pattern": None})  # fmt: skip
-    raise_all(f"{content.path}: {METADATA} of {component!r}", pattern_problems(whole))
     settings = adapted_modules(whole, modules)
     wrong = [
         f"{component}.{name} has rank {rank_in(found[f'{component}.{name}']['a'])}, its config "

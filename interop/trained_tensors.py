@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interop.keymaps import Keymap
+from interop.lora_pth import LAYOUTS
 from interop.peft_layout import PREFIX, Base, is_pair
 from interop.peft_writing import tensors_of
-from interop.torch_lora_files import FORMATS
 from lora_jax.adapter import Adapter, check
 from lora_jax.errors import InputError
 from lora_jax.paths import named_leaves, nearest
@@ -124,7 +124,7 @@ def _copied(tensors: "Mapping[str, Tensor]") -> Arrays:
 
 
 def _plainly_named(name: str, tensor: "Tensor") -> "tuple[str, Tensor]":
-    for form in sorted(FORMATS.values(), key=lambda form: -len(form.a)):
+    for form in sorted(LAYOUTS.values(), key=lambda form: -len(form.a)):
         for suffix, factor in ((form.a, "lora_A"), (form.b, "lora_B")):
             if name.endswith(suffix):
                 owner = name.removesuffix(suffix)
