@@ -29,7 +29,8 @@ from interop.equivalence_report import (
     LayerDifference,
     Report,
 )
-from interop.keymaps import LLAMA, Keymap
+from interop.families import keymap_of
+from interop.keymaps import Keymap, blocks_of
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
@@ -59,7 +60,7 @@ def verify(
     trained: tuple[Adapter, Plan] | None = None,
     max_new_tokens: int = 64,
     criteria: Criteria = STANDARD,
-    keymap: Keymap = LLAMA,
+    keymap: Keymap | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Compare a base and an adapter with the same in ``transformers`` and ``peft``.
@@ -74,7 +75,7 @@ def verify(
       trained: adapter and plan that the directory should hold; by default they are read from it.
       max_new_tokens: greedy tokens per prompt.
       criteria: what has to hold.
-      keymap: which torch module holds which leaf.
+      keymap: which torch module holds which leaf; by default the one of the model's family.
       progress: called with what is about to be computed.
 
     Raises:
@@ -84,6 +85,13 @@ def verify(
     _require_vocabulary(prompts, model.config.vocab_size)
     config = dataclasses.replace(model.config, dtype="float32")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
+    keymap = keymap or keymap_of(config)
+    if keymap_of(hf.counterpart(config)) is not keymap_of(config):
+        raise InputError(
+            f"transformers names the weights of {config.family} otherwise, so that peft can't load "
+            "its adapters there: bring the base into transformers' family first, with "
+            "interop.hf.in_transformers, and train the adapter on that"
+        )
     stored = peft.read(directory, params, keymap=keymap)
     adapter, plan = trained or stored
     base = _our_side(language_model(config), _forward(config), params)
@@ -94,12 +102,13 @@ def verify(
         task = _Task(prompts, answers, max_new_tokens, model.tokenizer.decode, progress)
         progress("building the base in transformers")
         torch_model = hf.to_transformers(config, params)
-        torch_base = _torch_side(torch_model, torch_model)
+        blocks = torch_model.get_submodule(blocks_of(keymap_of(hf.counterpart(config))))
+        torch_base = _torch_side(torch_model, blocks)
         base_answers = base.answers(prompts, max_new_tokens)
         base_comparison, base_logits = _compare("base", base, torch_base, base_answers, task)
         progress("loading the adapter with peft")
         peft_model, warned = _load_with_peft(torch_model, directory)
-        torch_adapted = _torch_side(peft_model, torch_model)
+        torch_adapted = _torch_side(peft_model, blocks)
         comparison, logits = _compare("adapted model", adapted, torch_adapted, answers, task)
     effect = _max_abs(logits - base_logits)
     positions = sum(map(len, task.rows))
@@ -145,7 +154,8 @@ def _our_side(language: LanguageModel, forward: Callable[..., Any], parameters: 
     def answers(prompts: Rows, count: int) -> list[list[int]]:
         return generate(language, parameters, prompts, max_new_tokens=count)
 
-    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters)))
+    longest = language.max_positions
+    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters), longest))
 
 
 @functools.cache
@@ -161,15 +171,15 @@ def _forward(config: DecoderConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
     return forward
 
 
-def _torch_side(model: Any, decoder: Any) -> _Side:
-    """A transformers model, or a PEFT model around the ``decoder`` of transformers."""
+def _torch_side(model: Any, blocks: Any) -> _Side:
+    """A transformers model, or a PEFT model around it, with the list of its ``blocks``."""
     import torch
 
     def forward(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hidden = []
         hooks = [
             layer.register_forward_hook(lambda _, __, output: hidden.append(output))
-            for layer in decoder.model.layers
+            for layer in blocks
         ]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(tokens, dtype=torch.long), use_cache=False).logits
@@ -177,7 +187,8 @@ def _torch_side(model: Any, decoder: Any) -> _Side:
             hook.remove()
         return torch.stack(hidden).numpy(), logits.numpy()
 
-    return _Side(partial(_torch_answers, model), lambda rows: _trimmed(rows, forward))
+    longest = model.config.max_position_embeddings
+    return _Side(partial(_torch_answers, model), lambda rows: _trimmed(rows, forward, longest))
 
 
 def _torch_answers(model: Any, prompts: Rows, count: int) -> list[list[int]]:
@@ -209,12 +220,12 @@ def _load_with_peft(torch_model: Any, directory: str | os.PathLike) -> tuple[Any
     return model, tuple(str(warning.message) for warning in ours)
 
 
-def _trimmed(rows: Rows, forward: Callable[[np.ndarray], tuple[Any, Any]]) -> _Trace:
+def _trimmed(rows: Rows, forward: Callable[[np.ndarray], tuple[Any, Any]], longest: int) -> _Trace:
     """Run rows of unequal length as one batch, and drop what the padding gave.
 
     The padding stands on the right, where no token of a causal model sees it.
     """
-    width = -(-max(map(len, rows)) // _WIDTH_STEP) * _WIDTH_STEP
+    width = min(-(-max(map(len, rows)) // _WIDTH_STEP) * _WIDTH_STEP, longest)
     tokens = np.zeros((len(rows), width), np.int32)
     real = np.zeros(tokens.shape, bool)
     for index, row in enumerate(rows):

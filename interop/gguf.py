@@ -15,27 +15,30 @@ from gguf.quants import dequantize
 
 from interop.gguf_file import GgufFile, open_gguf
 from interop.gguf_tokenizer import chat_tokenizer
-from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble, llama_shapes
+from interop.halves import split_halves
+from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble
 from interop.tokenizer import ChatTokenizer
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import leaf_shapes
+from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm, Rope
 
 ARCHITECTURES = ("llama",)
 
-# Key below "llama." -> DecoderConfig field.
+# Key below "llama." -> field of DecoderConfig, of its norm or of its rotation.
 REQUIRED = {
     "block_count": "num_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_rms_epsilon": "eps",
     "context_length": "max_positions",
 }
 _HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 _FIELDS = {
     **REQUIRED,
     "attention.head_count_kv": "num_kv_heads",
-    "rope.freq_base": "rope_theta",
+    "rope.freq_base": "theta",
     "vocab_size": "vocab_size",
     **dict.fromkeys(_HEAD_DIMS, "head_dim"),
 }
@@ -47,7 +50,6 @@ _ABSENT = {
     "expert_used_count": 0,
     "attention.sliding_window": 0,
 }
-_BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"}
 _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 
 
@@ -94,11 +96,18 @@ def read_config(file: GgufFile, *, dtype: str | None = None) -> DecoderConfig:
         "head_dim": fields["hidden_size"] // max(fields["num_heads"], 1),
         "vocab_size": len(file.metadata.get("tokenizer.ggml.tokens", ())),
     }
-    biases = {field: f"blk.0.{name}" in file.tensors for field, name in _BIASES.items()}
-    tied = "output.weight" not in file.tensors
-    settings = {**derived, **fields, **biases, "tie_embeddings": tied, "dtype": dtype or "float32"}
+    theta = {"theta": fields.pop("theta")} if "theta" in fields else {}
+    eps = fields.pop("eps")
     try:
-        return DecoderConfig(**settings)
+        return DecoderConfig(
+            **{**derived, **fields},
+            layer_kinds=(LayerKind(Rope(**theta)),),
+            norm=NormForm(eps=eps),
+            attention=AttentionForm(bias="blk.0.attn_q.bias" in file.tensors),
+            mlp=MLPForm(bias="blk.0.ffn_gate.bias" in file.tensors),
+            tie_embeddings="output.weight" not in file.tensors,
+            dtype=dtype or "float32",
+        )
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from error
 
@@ -113,21 +122,9 @@ def read_params(file: GgufFile, config: DecoderConfig) -> dict[str, Any]:
         return split_halves(values, config.head_dim) if _ROTARY.fullmatch(name) else values
 
     try:
-        return assemble(found, fetch, LLAMA_GGUF, llama_shapes(config), dtype=config.dtype)
+        return assemble(found, fetch, LLAMA_GGUF, leaf_shapes(config), dtype=config.dtype)
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from error
-
-
-def split_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k per head from rotated neighbours (0, 1), (2, 3), ... to rotated halves.
-
-    Row 2j becomes row j and row 2j + 1 becomes row head_dim/2 + j of its head.
-
-    >>> split_halves(np.arange(8), head_dim=4)
-    array([0, 2, 1, 3, 4, 6, 5, 7])
-    """
-    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _attributes(file: GgufFile) -> dict[str, Any]:

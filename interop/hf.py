@@ -1,23 +1,27 @@
-"""Hugging Face directories and models <-> decoder config and parameters, for the Llama family."""
+"""Hugging Face directories and models <-> decoder config and parameters, of every family."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from interop.families import family_of, file_keymap, keymap_of
+from interop.halves import in_halves
 from interop.hf_config import read_config, to_attributes
-from interop.keymaps import LLAMA, flatten, from_torch, llama_shapes, to_torch
+from interop.keymaps import Keymap, flatten, from_torch, to_torch
 from interop.tokenizer import ChatTokenizer, token_ids, with_pad, write_tokenizer
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError
 from lora_jax.files import atomic_directory, write_text
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import leaf_shapes
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 
 def read(
@@ -39,11 +43,34 @@ def read(
         values), or tensors that don't fit.
     """
     config = read_config(directory, dtype=dtype)
-    tensors = read_directory(directory)
     try:
-        return config, from_torch(tensors, LLAMA, llama_shapes(config), dtype=dtype)
+        return config, params_of(config, read_directory(directory), dtype=dtype)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
+
+
+def params_of(
+    config: DecoderConfig, tensors: Mapping[str, np.ndarray], *, dtype: str | None = None
+) -> dict[str, Any]:
+    """Parameters from the tensors of a checkpoint, as `interop.torch_io` reads them.
+
+    Args:
+      config: the decoder they belong to.
+      tensors: by name; ``module.`` or what older files of the family leave out may be missing.
+      dtype: dtype of the parameters; the tensors' own by default.
+
+    Raises:
+      InputError: tensors that don't fit, all of them.
+    """
+    prefix = family_of(config).prefix
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        tensors = {_whole_name(name, prefix): tensor for name, tensor in tensors.items()}
+    table = file_keymap(config, tensors.keys())
+    return from_torch(tensors, table, leaf_shapes(config), dtype=dtype)
+
+
+def _whole_name(name: str, prefix: str) -> str:
+    return name if name.startswith("lm_head.") else prefix + name
 
 
 def write(
@@ -73,11 +100,10 @@ def write(
       max_shard_bytes: largest size of a weight file; one file by default.
 
     Raises:
-      InputError: parameters that don't fit the config, an arithmetic that Hugging Face's Llama
-        doesn't have (interleaved rotations), a directory that holds something or can't be
-        written.
+      InputError: parameters that don't fit the config, an arithmetic that the attributes of the
+        config's family can't say, a directory that holds something or can't be written.
     """
-    tensors = _tensors(config, params)
+    tensors = _tensors(config, params, file_keymap(config))
     attributes = to_attributes(config, dtype=_common_dtype(tensors))
     chat = None
     if tokenizer is not None:
@@ -91,28 +117,39 @@ def write(
         write_directory(target, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "LlamaForCausalLM":
+def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTrainedModel":
     """The same model in ``transformers``: float32, eval mode, made in memory.
 
     The weights are copies, so that whatever is done to the torch model leaves ``params`` alone.
+    A family that transformers doesn't have is computed by the one that has its arithmetic; rotated
+    neighbours are brought into the order of rotated halves.
 
     Raises:
-      InputError: parameters that don't fit the config, or interleaved rotations.
+      InputError: parameters that don't fit the config, what the family can't say, or a family
+        that transformers doesn't have.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
     from transformers.utils import logging
 
+    config, params = in_transformers(config, params)
     weights = {
         name: torch.from_numpy(np.array(array, np.float32, order="C"))
-        for name, array in _tensors(config, params).items()
+        for name, array in _tensors(config, params, keymap_of(config)).items()
     }
+    name = family_of(config).architecture
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise InputError(f"transformers has no {name}, nor a class of its own that computes it")
     attributes = to_attributes(config, dtype="float32")
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            None, config=LlamaConfig(**attributes), state_dict=weights, dtype=torch.float32
+        model = model_class.from_pretrained(
+            None,
+            config=model_class.config_class(**attributes),
+            state_dict=weights,
+            dtype=torch.float32,
         )
     finally:
         if shows_bars:
@@ -120,9 +157,26 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "LlamaF
     return model.eval()
 
 
-def _tensors(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def in_transformers(
+    config: DecoderConfig, params: Mapping[str, Any]
+) -> tuple[DecoderConfig, Mapping[str, Any]]:
+    """The same model in a family that transformers has: MiniMind as Llama or Qwen3."""
+    if family_of(config).counterpart is None:
+        return config, params
+    return counterpart(config), in_halves(config, params)
+
+
+def counterpart(config: DecoderConfig) -> DecoderConfig:
+    """The config of `in_transformers`."""
+    name = family_of(config).counterpart
+    return config if name is None else replace(config, family=name, rope_interleaved=False)
+
+
+def _tensors(
+    config: DecoderConfig, params: Mapping[str, Any], table: Keymap
+) -> dict[str, np.ndarray]:
     """The parameters under their torch names, once they are known to fit the config."""
-    expected = llama_shapes(config)
+    expected = leaf_shapes(config)
     shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()}
     wrong = [
         f"{path} is {shapes.get(path, 'missing')}, expected {expected.get(path, 'none')}"
@@ -131,7 +185,7 @@ def _tensors(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.n
     ]
     if wrong:
         raise InputError(f"the parameters don't fit the config: {'; '.join(wrong)}")
-    return to_torch(params, LLAMA)
+    return to_torch(params, table)
 
 
 def _common_dtype(tensors: Mapping[str, np.ndarray]) -> str:

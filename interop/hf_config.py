@@ -1,77 +1,33 @@
-"""config.json of the Llama family <-> DecoderConfig, by tables.
+"""config.json <-> DecoderConfig, by the tables of `interop.families`.
 
 What the decoder implements, what can't change what it computes, and refusal of the rest.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from interop.families import FAMILIES, Family, family_name, family_of, model_type
+from interop.hf_attributes import faults, resolved
+from interop.hf_layers import layer_attributes, layer_faults, layer_kinds
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.forms import AttentionForm, ExpertsForm, MLPForm, NormForm
 
-
-class _Attribute(NamedTuple):
-    """An attribute, the field it sets, and the value it has where none is given."""
-
-    name: str
-    field: str
-    kinds: tuple[type, ...] = (int,)
-    default: Any = None
-
-
-_NUMBER = (int, float)
-_REQUIRED = (
-    _Attribute("vocab_size", "vocab_size"),
-    _Attribute("hidden_size", "hidden_size"),
-    _Attribute("intermediate_size", "intermediate_size"),
-    _Attribute("num_hidden_layers", "num_layers"),
-    _Attribute("num_attention_heads", "num_heads"),
-)
-_OPTIONAL = (
-    _Attribute("max_position_embeddings", "max_positions", default=2048),
-    _Attribute("rms_norm_eps", "rms_norm_eps", _NUMBER, 1e-6),
-    _Attribute("tie_word_embeddings", "tie_embeddings", (bool,), False),
-    _Attribute("attention_bias", "attention_bias", (bool,), False),
-    _Attribute("mlp_bias", "mlp_bias", (bool,), False),
-)
-# Not given, these follow from the number of heads.
-_DERIVED = (
-    _Attribute("num_key_value_heads", "num_kv_heads"),
-    _Attribute("head_dim", "head_dim"),
-)
-_HANDLED = (*_REQUIRED, *_OPTIONAL, *_DERIVED)
 _DTYPES = ("dtype", "torch_dtype")
-_ROPE_GROUPS = ("rope_parameters", "rope_scaling")
-_DEFAULT_ROPE_THETA = 10_000.0
-_KINDS: dict[str, tuple[type, ...]] = {
-    **{attribute.name: attribute.kinds for attribute in _HANDLED},
-    **dict.fromkeys(_DTYPES, (str,)),
-    **dict.fromkeys(_ROPE_GROUPS, (dict,)),
-    "rope_theta": _NUMBER,
-}
+_FORMS = {"norm": NormForm, "attention": AttentionForm, "mlp": MLPForm, "experts": ExpertsForm}
+_HOW_IT_RUNS = ("dtype", "remat", "scan_unroll", "expert_products")
 
-# Attributes that ask for something the decoder doesn't do, unless they have one of these values.
+# Of every family: what asks for something the decoder doesn't do, unless it has this value.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"],),
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0.0,),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1.0,),
-    "rope_interleaved": (False,),
-    "is_llama_config": (True,),
-    "use_sliding_window": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
 }
-# The same inside rope_parameters and rope_scaling.
-_FIXED_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-
-# Attributes that don't change what the model computes.
+# Of every family: what doesn't change what the model computes.
 # fmt: off
 _HARMLESS = frozenset((
     # provenance
@@ -94,14 +50,10 @@ _HARMLESS = frozenset((
     "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
 ))
 # fmt: on
-_KNOWN = frozenset((*_KINDS, *_FIXED, *_HARMLESS))
 
 
 def read_config(directory: str | Path, *, dtype: str | None = None) -> DecoderConfig:
     """The decoder that a directory's ``config.json`` describes.
-
-    An attribute that is null counts as not given; one that isn't given has the value it has in
-    ``transformers.LlamaConfig``.
 
     Args:
       directory: holds ``config.json``.
@@ -117,19 +69,62 @@ def read_config(directory: str | Path, *, dtype: str | None = None) -> DecoderCo
             f"{directory} is not a model directory: it holds no config.json "
             "(expected config.json, tokenizer.json and *.safetensors)"
         )
-    attributes = {name: value for name, value in read_json(path).items() if value is not None}
-    if faults := _faults(attributes):
-        raise InputError(f"{path}: not implemented: {'; '.join(faults)}")
-    fields = {a.field: attributes.get(a.name, a.default) for a in (*_REQUIRED, *_OPTIONAL)}
-    heads = fields["num_heads"]
-    fields |= {"num_kv_heads": heads, "head_dim": fields["hidden_size"] // max(heads, 1)}
-    fields |= {a.field: attributes[a.name] for a in _DERIVED if a.name in attributes}
-    fields["rope_theta"] = float(next(iter(_rope_thetas(attributes)), _DEFAULT_ROPE_THETA))
-    fields["dtype"] = dtype or next((attributes[n] for n in _DTYPES if n in attributes), "float32")
     try:
-        return DecoderConfig(**fields)
+        return from_attributes(read_json(path), dtype=dtype)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def from_attributes(attributes: Mapping[str, Any], *, dtype: str | None = None) -> DecoderConfig:
+    """The decoder that the content of a ``config.json`` describes.
+
+    An attribute that isn't given has the value it has in the family's config class of
+    ``transformers``. A null counts as not given, except where it says that there is none, as of
+    windows and caps.
+
+    Args:
+      attributes: by name.
+      dtype: compute dtype; by default the one given, and ``float32`` where there is none.
+
+    Raises:
+      InputError: attributes that aren't implemented, each named with its value.
+
+    >>> sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
+    ...          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    >>> from_attributes({"model_type": "qwen2", **sizes}).attention.bias
+    True
+    """
+    name = family_name(attributes)
+    family = FAMILIES.get(name)
+    if family is None:
+        raise InputError(f"not implemented: model_type={name!r} (known: {', '.join(FAMILIES)})")
+    given = {key: value for key, value in attributes.items() if value is not None}
+    wrong = [*faults(family.handled, given), *_other_faults(family, given)]
+    if _readable(family, given):
+        fields, found = _fields(family, attributes)
+        wrong += layer_faults(family.layers, given, found)
+    if wrong:
+        raise InputError(f"not implemented: {'; '.join(wrong)}")
+    stored = next((given[key] for key in _DTYPES if key in given), "float32")
+    kinds = layer_kinds(family.layers, given, found)
+    return _built({**fields, "layer_kinds": kinds, "family": name, "dtype": dtype or stored})
+
+
+def _readable(family: Family, given: Mapping[str, Any]) -> bool:
+    """Whether attributes are there and of their types, so that more can be asked of them."""
+    return not faults(family.handled, given)
+
+
+def _fields(family: Family, attributes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that single attributes and the family set, and what they were found from."""
+    found = resolved(family.handled, attributes)
+    fields = {a.field: a.to_field(found[a.name]) for a in family.attributes if a.field}
+    fields |= {key: v(found) if callable(v) else v for key, v in family.form.items()}
+    found |= {
+        "num_hidden_layers": fields["num_layers"],
+        "max_position_embeddings": fields["max_positions"],
+    }
+    return fields, found
 
 
 def to_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
@@ -142,59 +137,82 @@ def to_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
       dtype: dtype of the weights that the file goes with.
 
     Raises:
-      InputError: interleaved rotations, which Hugging Face's Llama doesn't have.
+      InputError: what the family's attributes can't say.
 
     >>> from lora_jax.models.presets import PRESETS
     >>> to_attributes(PRESETS["tiny"], dtype="bfloat16")["num_key_value_heads"]
     2
     """
-    if config.rope_interleaved:
-        raise InputError(
-            "rope_interleaved=True has no counterpart in Hugging Face's Llama: "
-            "bring the rows of q and k into the order of rotated halves first"
-        )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{attribute.name: getattr(config, attribute.field) for attribute in _HANDLED},
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+    family = family_of(config)
+    routed = any((a.field or "").startswith("experts.") for a in family.attributes)
+    if routed and config.experts is None:
+        raise InputError(f"experts=None has no counterpart in a config.json of {config.family}")
+    attributes = {
+        "architectures": [family.architecture],
+        "model_type": model_type(config.family),
+        **family.says,
+        **{a.name: a.of(config) for a in family.attributes if a.field},
+        **layer_attributes(family.layers, config.kind_of_layer),
         "dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    _require_said(config, attributes)
+    return attributes
 
 
-def _faults(attributes: Mapping[str, Any]) -> list[str]:
-    """What keeps the decoder from computing what ``attributes`` describe."""
-    mistyped = [
-        n for n, kinds in _KINDS.items() if type(attributes.get(n, kinds[0]())) not in kinds
+def _require_said(config: DecoderConfig, attributes: Mapping[str, Any]) -> None:
+    """Raise an InputError for what would be read back otherwise."""
+    back = from_attributes(attributes)
+    unsaid = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in (*_HOW_IT_RUNS, "layer_kinds")
+        and getattr(back, field.name) != getattr(config, field.name)
     ]
-    other = [n for n, known in _FIXED.items() if attributes.get(n, known[0]) not in known]
-    groups = [
-        n for n in _ROPE_GROUPS if n not in mistyped and _rotates_otherwise(attributes.get(n))
+    if back.kind_of_layer != config.kind_of_layer:
+        unsaid.append(f"layer_kinds={config.layer_kinds!r}")
+    if unsaid:
+        raise InputError(
+            f"{', '.join(unsaid)} has no counterpart in a config.json of {config.family}: "
+            "give the config the family that computes this"
+        )
+
+
+def _built(fields: Mapping[str, Any]) -> DecoderConfig:
+    """The config of fields by their dotted paths."""
+    grouped: dict[str, dict[str, Any]] = {name: {} for name in ("", *_FORMS)}
+    for path, value in fields.items():
+        group, _, name = path.rpartition(".")
+        grouped[group][name] = value
+    forms = {name: form(**grouped[name]) for name, form in _FORMS.items() if grouped[name]}
+    return DecoderConfig(**grouped[""], **forms)
+
+
+def _other_faults(family: Family, given: Mapping[str, Any]) -> list[str]:
+    """Of what sets no field: what isn't known, and what isn't as the decoder has it."""
+    fixed = fixed_attributes(family, given)
+    handled = {attribute.name for attribute in family.handled}
+    known = {*handled, *fixed, *_HARMLESS, *family.harmless, *_DTYPES}
+    other = [name for name in fixed if name in given and given[name] not in fixed[name]]
+    return [
+        *(f"{n}={given[n]!r} (known: {', '.join(map(repr, fixed[n]))})" for n in other),
+        *(f"{n}={given[n]!r} (unknown attribute)" for n in given if n not in known),
+        *(
+            f"{n}={given[n]!r} (expected str)"
+            for n in _DTYPES
+            if n in given and type(given[n]) is not str
+        ),
     ]
-    reasons = {
-        **{name: f"expected {_KINDS[name][-1].__name__}" for name in mistyped},
-        **{name: f"known: {', '.join(map(repr, _FIXED[name]))}" for name in other},
-        **dict.fromkeys(groups, "known: plain rotations"),
-        **{name: "unknown attribute" for name in attributes if name not in _KNOWN},
+
+
+def fixed_attributes(family: Family, given: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The attributes that must have one of these values, beside the others that are given."""
+    own = {name: v(given) if callable(v) else v for name, v in family.fixed.items()}
+    return {
+        **_FIXED,
+        "architectures": ([family.architecture],),
+        "model_type": tuple(FAMILIES),
+        **own,
     }
-    missing = [f"{a.name} is missing" for a in _REQUIRED if a.name not in attributes]
-    faults = [f"{name}={attributes[name]!r} ({reason})" for name, reason in reasons.items()]
-    thetas = _rope_thetas(attributes) if not mistyped else set()
-    conflict = [f"rope_theta is {' and '.join(map(str, thetas))}"] if len(thetas) > 1 else []
-    return missing + faults + conflict
-
-
-def _rope_thetas(attributes: Mapping[str, Any]) -> set[float]:
-    """The rotary base, which each version of transformers keeps elsewhere."""
-    places = [attributes, *(attributes.get(name, {}) for name in _ROPE_GROUPS)]
-    return {place["rope_theta"] for place in places if place.get("rope_theta") is not None}
-
-
-def _rotates_otherwise(group: Mapping[str, Any] | None) -> bool:
-    settings = {key: value for key, value in (group or {}).items() if key != "rope_theta"}
-    return any(value != _FIXED_ROPE.get(key) for key, value in settings.items())

@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.errors import InputError
-from lora_jax.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -101,7 +100,10 @@ class TensorInfo(NamedTuple):
 _LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
     "embedding": (("embedding", "weight", (), "embedding"),),
     "norm": (("scale", "weight", (), "other"),),
+    "layer_norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
     "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
+    # torch's linear layer of GPT-2, which keeps its weight as we do
+    "conv1d": (("kernel", "weight", (), "linear"), ("bias", "bias", (), "other")),
 }
 
 _LLAMA_MODULES = (
@@ -131,7 +133,12 @@ _LLAMA_MODULES = (
 )
 
 
-def _rules(modules: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
+def rules_of(modules: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
+    """The rules of modules: ours, torch's, and its kind.
+
+    >>> [rule.name for rule in rules_of([("norm", "ln_f", "layer_norm")])]
+    ['ln_f.weight', 'ln_f.bias']
+    """
     return tuple(
         Rule(f"{ours}/{leaf}", f"{theirs}.{suffix}", order, kind)
         for ours, theirs, module in modules
@@ -140,50 +147,16 @@ def _rules(modules: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
 
 
 LLAMA = Keymap(
-    _rules((ours, torch, kind) for ours, torch, _, kind in _LLAMA_MODULES),
+    rules_of((ours, torch, kind) for ours, torch, _, kind in _LLAMA_MODULES),
     ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     copies={"lm_head.weight": "model.embed_tokens.weight"},
 )
-LLAMA_GGUF = Keymap(_rules((ours, gguf, kind) for ours, _, gguf, kind in _LLAMA_MODULES))
+LLAMA_GGUF = Keymap(rules_of((ours, gguf, kind) for ours, _, gguf, kind in _LLAMA_MODULES))
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLOATS = frozenset(
     np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 )
-
-
-def llama_shapes(config: DecoderConfig) -> dict[str, Shape]:
-    """The shape of every leaf of a decoder, by leaf path.
-
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=3,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=2)
-    >>> llama_shapes(config)["layers/self_attn/k_proj/kernel"]
-    (3, 4, 2)
-    """
-    hidden, wide = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn/q_proj": (hidden, queries, config.attention_bias),
-        "self_attn/k_proj": (hidden, keys, config.attention_bias),
-        "self_attn/v_proj": (hidden, keys, config.attention_bias),
-        "self_attn/o_proj": (queries, hidden, config.attention_bias),
-        "mlp/gate_proj": (hidden, wide, config.mlp_bias),
-        "mlp/up_proj": (hidden, wide, config.mlp_bias),
-        "mlp/down_proj": (wide, hidden, config.mlp_bias),
-    }
-    layers: dict[str, Shape] = {
-        "input_layernorm/scale": (hidden,),
-        "post_attention_layernorm/scale": (hidden,),
-        **{f"{name}/kernel": (rows, columns) for name, (rows, columns, _) in linears.items()},
-        **{f"{name}/bias": (columns,) for name, (_, columns, bias) in linears.items() if bias},
-    }
-    head = {} if config.tie_embeddings else {"lm_head/kernel": (hidden, config.vocab_size)}
-    return {
-        "embed_tokens/embedding": (config.vocab_size, hidden),
-        **{f"layers/{name}": (config.num_layers, *shape) for name, shape in layers.items()},
-        "norm/scale": (hidden,),
-        **head,
-    }
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -254,7 +227,7 @@ def from_torch(
     Args:
       state_dict: tensors by name.
       table: which name belongs to which leaf.
-      expected_shapes: shape of every leaf by path, as `llama_shapes` gives.
+      expected_shapes: shape of every leaf by path, as `lora_jax.models.decoder.leaf_shapes` gives.
       dtype: dtype of the result; the tensors' own by default.
 
     Returns:
@@ -320,6 +293,15 @@ def module_name(path: str, table: Keymap, index: Index = ()) -> str:
     if rule.stack != len(index):
         raise InputError(f"{path} has {rule.stack} stack axes: the index {index} doesn't fit them")
     return tensor_name(rule, index).rpartition(".")[0]
+
+
+def blocks_of(table: Keymap) -> str:
+    """The torch module that lists the blocks.
+
+    >>> blocks_of(LLAMA)
+    'model.layers'
+    """
+    return next(rule.name.partition(".{i}")[0] for rule in table.rules if "{i}" in rule.name)
 
 
 def tensor_name(rule: Rule, index: Index = ()) -> str:

@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 from interop import gguf, hf
 from interop.gguf_file import open_gguf
 from interop.hf_config import read_config
-from interop.keymaps import llama_shapes, nest
+from interop.keymaps import nest
 from interop.tokenizer import ChatTokenizer, byte_tokenizer, read_tokenizer
 from interop.wheel import WheelFile, default_cache, fetch
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import leaf_shapes
 from lora_jax.models.presets import PRESETS
 
 DEFAULT = "smollm2-135m"
@@ -133,7 +134,7 @@ def _tiny(request: _Request) -> Pretrained:
     config = dataclasses.replace(PRESETS["tiny"], dtype=request.dtype or "float32")
     leaves = {
         path: _random(path, shape).astype(config.dtype)
-        for path, shape in llama_shapes(config).items()
+        for path, shape in leaf_shapes(config).items()
     }
     source = "random weights, byte tokens"
     return _pretrained(request, source, config, nest(leaves), byte_tokenizer())

@@ -109,14 +109,14 @@ def _bytes(leaf: Any) -> memoryview:
 def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None:
     """The adapter as a PEFT directory that remembers its base, in place of an earlier one."""
     from interop import peft
-    from interop.keymaps import LLAMA
+    from interop.families import keymap_of
 
     about = {"model": base.name, "source": base.source, "digest": base.digest}
     peft.write(
         directory,
         adapter,
         plan,
-        keymap=LLAMA,
+        keymap=keymap_of(base.config),
         params=base.params,
         base_model_name=base.name,
         base=about,
@@ -124,12 +124,12 @@ def write_adapter(directory: Path, base: Base, adapter: Any, plan: Plan) -> None
     )
 
 
-def require_writable(plan: Plan, params: Any) -> None:
+def require_writable(plan: Plan, base: Base) -> None:
     """Raise one InputError naming every site that a PEFT directory can't hold."""
     from interop import peft
-    from interop.keymaps import LLAMA
+    from interop.families import keymap_of
 
-    peft.require_writable(plan, keymap=LLAMA, params=params)
+    peft.require_writable(plan, keymap=keymap_of(base.config), params=base.params)
 
 
 def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:
@@ -139,10 +139,10 @@ def read_adapter(directory: Path, base: Base) -> tuple[Any, Plan]:
       InputError: it is damaged, doesn't fit the base, or was trained on another one.
     """
     from interop import peft
-    from interop.keymaps import LLAMA
+    from interop.families import keymap_of
 
     require_same_base(directory, base)
-    return peft.read(directory, base.params, keymap=LLAMA)
+    return peft.read(directory, base.params, keymap=keymap_of(base.config))
 
 
 def require_same_base(directory: Path, base: Base) -> None:

@@ -52,7 +52,7 @@ def prepare(options: Options, console: Console, stop: Stop) -> Task:
     example = next(example_batches(*sequences))
     example = Batch(*(leaf[0] for leaf in example))
     plan = lora.plan(model_fn, base.params, example, config=config)
-    require_writable(plan, base.params)
+    require_writable(plan, base)
     console.print(lora.explain(plan, width=console.width), markup=False, soft_wrap=True)
     questions = datasets.questions(rows, options.prompts)
     return Task(base, sequences, heldout, questions, plan, adapted_loss(model_fn, plan))

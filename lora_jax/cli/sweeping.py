@@ -112,7 +112,7 @@ def _members(
     def plan_of(rank: int, alpha: float) -> Plan:
         config = lora_config(replace(options.lora, rank=rank, alpha=alpha))
         plan = lora.plan(model_fn, base.params, example, config=config)
-        require_writable(plan, base.params)
+        require_writable(plan, base)
         return plan
 
     @cache

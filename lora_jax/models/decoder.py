@@ -1,4 +1,4 @@
-"""One decoder-only transformer, configured: the Llama family and its relatives.
+"""One decoder-only transformer, configured: Llama, Qwen, Gemma, GPT-2, OPT, Phi and relatives.
 
 The parameters are a plain dict; the leaves under ``layers`` are stacked, one row per block::
 
@@ -9,53 +9,123 @@ The parameters are a plain dict; the leaves under ``layers`` are stacked, one ro
     norm/scale                                                (hidden,)
     lm_head/kernel                                            (hidden, vocab), untied only
 
-A projection with a bias has a ``bias`` (layers, out) beside its kernel.
+and, where the config says so::
+
+    embed_positions/embedding                                 (offset + positions, hidden)
+    layers/{pre,post}_feedforward_layernorm/scale             (layers, hidden)
+    layers/self_attn/{q_norm,k_norm}/scale                    (layers, head_dim)
+    layers/self_attn/qkv_proj/kernel                          (layers, in, q + k + v)
+    layers/mlp/gate_up_proj/kernel                            (layers, in, gate + up)
+    layers/mlp/gate/kernel                                    (layers, hidden, experts)
+    layers/mlp/experts/gate_up_proj                           (layers, experts, in, gate + up)
+    layers/mlp/experts/down_proj                              (layers, experts, in, out)
+    layers/mlp/shared_expert/{gate,up,down}_proj/kernel       (layers, in, out)
+
+A projection with a bias has a ``bias`` (layers, out) beside its kernel, a norm with one beside
+its scale.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
 from lora_jax.models.attention import (
+    Angles,
     AttentionContext,
     KVCache,
+    LayerChoice,
     attend,
     attention_context,
+    capped,
     init_cache,
+    of_layer,
     rotate,
     write,
 )
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.experts import RoutedMLP
+from lora_jax.paths import named_leaves
 
-__all__ = ["Decoder", "DecoderConfig", "KVCache", "init_cache", "init_params", "param_shapes"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "KVCache",
+    "init_cache",
+    "init_params",
+    "leaf_shapes",
+    "param_shapes",
+]
 
 _normal = nn.initializers.normal(0.02)
 _float32_dot = partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 LayerCache = tuple[Array, Array] | None
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) in float32, cast to the compute dtype, then times a scale."""
+
+class _NormNames(NamedTuple):
+    before_attention: str
+    after_attention: str | None
+    before_mlp: str
+    after_mlp: str | None
+
+
+NORMS = {
+    False: _NormNames("input_layernorm", None, "post_attention_layernorm", None),
+    True: _NormNames(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Names of a block's norms, without and with those after attention and MLP: Hugging Face's."""
+
+
+class Norm(nn.Module):
+    """Features normed in float32, over the last axis, as `NormForm` says.
+
+    ``rms``: x / √(mean(x²) + ε), cast to the compute dtype, then times the scale.
+    ``rms_plus_one``: the same times 1 + scale, cast at the end. ``layer``: mean taken off
+    first, then times the scale, plus a bias, cast at the end.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, hidden.shape[-1:])
+        form, dtype = self.config.norm, self.config.dtype
+        start = nn.initializers.zeros if form.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", start, hidden.shape[-1:])
         wide = hidden.astype(jnp.float32)
+        if form.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * lax.rsqrt(mean_square + self.config.rms_norm_eps)
-        return normed.astype(self.config.dtype) * scale.astype(self.config.dtype)
+        normed = wide * lax.rsqrt(mean_square + form.eps)
+        if form.kind == "rms":
+            return normed.astype(dtype) * scale.astype(dtype)
+        if form.kind == "rms_plus_one":
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(dtype)
+        bias = self.param("bias", nn.initializers.zeros, hidden.shape[-1:])
+        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention."""
 
     config: DecoderConfig
 
@@ -63,37 +133,55 @@ class Attention(nn.Module):
     def __call__(
         self, hidden: Array, cache: LayerCache, context: AttentionContext
     ) -> tuple[Array, LayerCache]:
-        config = self.config
-
-        def heads(name: str, count: int) -> Array:
-            flat = _linear(config, name, count * config.head_dim, config.attention_bias)(hidden)
-            return flat.reshape(*hidden.shape[:2], count, config.head_dim)
-
-        turn = partial(rotate, context=context, interleaved=config.rope_interleaved)
-        query = turn(heads("q_proj", config.num_heads))
-        keys = turn(heads("k_proj", config.num_kv_heads))
-        values = heads("v_proj", config.num_kv_heads)
+        config, form = self.config, self.config.attention
+        query, keys, values = _query_keys_values(config, hidden)
+        if config.norm.heads:
+            query, keys = Norm(config, name="q_norm")(query), Norm(config, name="k_norm")(keys)
+        turn = partial(_turned, interleaved=config.rope_interleaved)
+        late = context.slot_angles is not None
+        query, keys = turn(query, context.angles), turn(keys, None if late else context.angles)
         if cache is not None:
             keys, values = cache = (
                 write(cache[0], keys, context.starts),
                 write(cache[1], values, context.starts),
             )
-        mixed = attend(query, keys, values, context.bias)
-        return _linear(config, "o_proj", config.hidden_size, config.attention_bias)(mixed), cache
+        mixed = attend(
+            query,
+            turn(keys, context.slot_angles),
+            values,
+            context.bias,
+            query_scalar=form.query_scalar,
+            softcap=form.softcap,
+        )
+        out_bias = form.bias if form.out_bias is None else form.out_bias
+        return _linear(config, "o_proj", config.hidden_size, out_bias)(mixed), cache
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)): SwiGLU, https://arxiv.org/abs/2002.05202."""
+class MLP(nn.Module):
+    """down(activation(gate(x)) · up(x)), or down(activation(up(x))), as `MLPForm` says.
+
+    Source of the gate: Shazeer, GLU variants, https://arxiv.org/abs/2002.05202.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
-        config = self.config
-        gate = _linear(config, "gate_proj", config.intermediate_size, config.mlp_bias)(hidden)
-        up = _linear(config, "up_proj", config.intermediate_size, config.mlp_bias)(hidden)
-        down = _linear(config, "down_proj", config.hidden_size, config.mlp_bias)
-        return down(nn.silu(gate) * up)
+        config, form = self.config, self.config.mlp
+        activation = ACTIVATIONS[form.activation]
+
+        def wide(name: str, times: int = 1) -> Array:
+            return _linear(config, name, times * config.intermediate_size, form.bias)(hidden)
+
+        match form.kind:
+            case "gated":
+                inner = activation(wide("gate_proj")) * wide("up_proj")
+            case "fused":
+                gate, up = jnp.split(wide("gate_up_proj", 2), 2, axis=-1)
+                inner = activation(gate) * up
+            case _:
+                inner = activation(wide("up_proj"))
+        return _linear(config, "down_proj", config.hidden_size, form.bias)(inner)
 
 
 class Block(nn.Module):
@@ -103,13 +191,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Array, cache: LayerCache, context: AttentionContext
+        self, hidden: Array, cache: LayerCache, choice: LayerChoice, context: AttentionContext
     ) -> tuple[Array, LayerCache]:
-        normed = RMSNorm(self.config, name="input_layernorm")(hidden)
-        attended, cache = Attention(self.config, name="self_attn")(normed, cache, context)
-        hidden = hidden + attended
-        normed = RMSNorm(self.config, name="post_attention_layernorm")(hidden)
-        hidden = hidden + GatedMLP(self.config, name="mlp")(normed)
+        config, names = self.config, NORMS[self.config.norm.after]
+        normed = Norm(config, name=names.before_attention)(hidden)
+        context = of_layer(context, choice)
+        attended, cache = Attention(config, name="self_attn")(normed, cache, context)
+        hidden = hidden + _normed_after(config, names.after_attention, attended)
+        normed = Norm(config, name=names.before_mlp)(hidden)
+        fed = _feed_forward(config)(normed)
+        hidden = hidden + _normed_after(config, names.after_mlp, fed)
         self.sow("intermediates", "hidden", hidden, init_fn=lambda: None, reduce_fn=_latest)
         return hidden, cache
 
@@ -124,7 +215,9 @@ class Decoder(nn.Module):
     ((1, 2, 320), dtype('float32'))
 
     Per-layer outputs, (layers, batch, time, hidden), come with ``mutable=["intermediates"]``
-    at ``intermediates/layers/hidden``.
+    at ``intermediates/layers/hidden``; where tokens went in a mixture of experts, an
+    `lora_jax.models.experts.Routing` of (layers, batch, time, ...), with ``mutable=["routing"]``
+    at ``routing/layers/mlp/router``.
     """
 
     config: DecoderConfig
@@ -159,27 +252,77 @@ class Decoder(nn.Module):
             InputError: more tokens than the cache has slots, or segments with a cache.
         """
         config = self.config
-        embed = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=config.dtype,
-            embedding_init=_normal,
-            name="embed_tokens",
-        )
-        context = attention_context(config, tokens, positions, segment_ids, cache)
+        embed = _embedding(config, config.vocab_size, "embed_tokens")
+        starts = jnp.zeros(tokens.shape[:1], jnp.int32)
+        if cache is not None:
+            starts = jnp.broadcast_to(cache.length, tokens.shape[:1])
+        if positions is None:
+            positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        context, choice = attention_context(config, positions, starts, segment_ids, cache)
         layer_caches = None if cache is None else (cache.keys, cache.values)
-        hidden, layer_caches = _layers(config)(embed(tokens), layer_caches, context)
+        hidden = _positioned(config, embed(tokens), positions)
+        hidden, layer_caches = _layers(config)(hidden, layer_caches, choice, context)
         if logits_at is not None:
             hidden = jnp.take(hidden.reshape(-1, config.hidden_size), logits_at, axis=0)
-        logits = _head(config, embed)(RMSNorm(config, name="norm")(hidden))
+        logits = _head(config, embed)(Norm(config, name="norm")(hidden))
+        if config.logit_softcap is not None:
+            logits = capped(logits, config.logit_softcap)
         if cache is None:
             return logits, None
         keys, values = layer_caches
         return logits, KVCache(keys, values, cache.length + tokens.shape[1])
 
 
+def _feed_forward(config: DecoderConfig) -> nn.Module:
+    if config.experts is None:
+        return MLP(config, name="mlp")
+    activation = ACTIVATIONS[config.mlp.activation]
+    return RoutedMLP(config.experts, activation, config.dtype, config.expert_products, name="mlp")
+
+
 def _linear(config: DecoderConfig, name: str, features: int, use_bias: bool) -> nn.Dense:
     return nn.Dense(features, use_bias=use_bias, dtype=config.dtype, kernel_init=_normal, name=name)
+
+
+def _query_keys_values(config: DecoderConfig, hidden: Array) -> list[Array]:
+    """Each (batch, time, heads, head_dim)."""
+    form = config.attention
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    widths = [count * config.head_dim for count in counts]
+    if form.fused:
+        fused = _linear(config, "qkv_proj", sum(widths), form.bias)(hidden)
+        flat = jnp.split(fused, np.cumsum(widths)[:-1], axis=-1)
+    else:
+        names = ("q_proj", "k_proj", "v_proj")
+        flat = [
+            _linear(config, name, width, form.bias)(hidden)
+            for name, width in zip(names, widths, strict=True)
+        ]
+    shape = (*hidden.shape[:2], -1, config.head_dim)
+    return [each.reshape(shape) for each in flat]
+
+
+def _turned(x: Array, angles: Angles | None, *, interleaved: bool) -> Array:
+    return x if angles is None else rotate(x, angles, interleaved=interleaved)
+
+
+def _normed_after(config: DecoderConfig, name: str | None, hidden: Array) -> Array:
+    return hidden if name is None else Norm(config, name=name)(hidden)
+
+
+def _positioned(config: DecoderConfig, embedded: Array, positions: Array) -> Array:
+    """Embeddings scaled, and with learned positions, where the config asks for them."""
+    if config.scale_embeddings:
+        embedded = embedded * jnp.asarray(config.hidden_size**0.5, embedded.dtype)
+    if config.position_offset is None:
+        return embedded
+    rows = config.max_positions + config.position_offset
+    table = _embedding(config, rows, "embed_positions")
+    return embedded + table(positions + config.position_offset)
+
+
+def _embedding(config: DecoderConfig, rows: int, name: str) -> nn.Embed:
+    return nn.Embed(rows, config.hidden_size, dtype=config.dtype, embedding_init=_normal, name=name)
 
 
 def _latest(_, new: Array) -> Array:
@@ -190,9 +333,9 @@ def _layers(config: DecoderConfig) -> Callable[..., tuple[Array, Any]]:
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     scanned = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "routing": 0},
         split_rngs={"params": True},
-        in_axes=cast(Any, (0, nn.broadcast)),
+        in_axes=cast(Any, (0, 0, nn.broadcast)),
         length=config.num_layers,
         unroll=config.scan_unroll,
     )
@@ -231,3 +374,15 @@ def param_shapes(config: DecoderConfig) -> dict:
     (2, 64, 32)
     """
     return jax.eval_shape(partial(init_params, config=config), jax.random.key(0))
+
+
+@functools.cache
+def leaf_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every leaf by its path.
+
+    >>> from lora_jax.models.presets import TINY
+    >>> leaf_shapes(TINY)["layers/self_attn/k_proj/kernel"]
+    (2, 64, 32)
+    """
+    leaves = named_leaves(param_shapes(config))
+    return MappingProxyType({path: leaf.shape for path, leaf in leaves.items()})

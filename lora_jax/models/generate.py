@@ -165,7 +165,8 @@ def _continue(
     def unfinished(state: _State) -> Array:
         return (state.step < max_new_tokens) & ~state.finished.all()
 
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
+    # Padding repeats the last position: a row is as long as its largest position says.
+    positions = jnp.minimum(jnp.arange(width, dtype=jnp.int32), lengths[:, None] - 1)
     logits, cache = apply(params, tokens, positions, cache, rows * width + lengths - 1)
     # The prefill also filled slots for the padding: forget them, so that answers overwrite them.
     start = _empty_state(batch, max_new_tokens, cache._replace(length=lengths))

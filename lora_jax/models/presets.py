@@ -1,6 +1,7 @@
 """Decoder configurations by name."""
 
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.forms import LayerKind, Rope
 
 TINY = DecoderConfig(
     vocab_size=320,  # 256 bytes, then room for 64 special tokens
@@ -21,7 +22,7 @@ SMOLLM2_135M = DecoderConfig(
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
-    rope_theta=100_000.0,
+    layer_kinds=(LayerKind(Rope(100_000.0)),),
     max_positions=8_192,
 )
 

@@ -40,17 +40,19 @@ class Rule(NamedTuple):
 
 
 DECODER_RULES = (
-    Rule(r"(.*/)?(q|k|v|gate|up)_proj/kernel", (FSDP, TENSOR)),
-    Rule(r"(.*/)?(q|k|v|gate|up)_proj/bias", (TENSOR,)),
+    Rule(r"(.*/)?(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (FSDP, TENSOR)),
+    Rule(r"(.*/)?(q|k|v|qkv|gate|up|gate_up)_proj/bias", (TENSOR,)),
     Rule(r"(.*/)?(o|down)_proj/kernel", (TENSOR, FSDP)),
     Rule(r"(.*/)?(o|down)_proj/bias", ()),
     # Were its features split over fsdp, so would be the residual stream's: XLA would then move
     # activations instead of weights, four times the bytes.
     Rule(r"(.*/)?embed_tokens/embedding", ((TENSOR, FSDP), None)),
     Rule(r"(.*/)?lm_head/kernel", (FSDP, TENSOR)),
-    Rule(r"(.*/)?\w*norm/scale", ()),
+    Rule(r"(.*/)?embed_positions/embedding", ()),
+    Rule(r"(.*/)?\w*norm/(scale|bias)", ()),
 )
-"""Column-parallel q, k, v, gate and up; row-parallel o and down; the ends over the vocabulary.
+"""Column-parallel q, k, v, gate and up, fused or not; row-parallel o and down; the ends over the
+vocabulary.
 
 Source of the tensor axis: Shoeybi et al., "Megatron-LM", arXiv:1909.08053.
 """

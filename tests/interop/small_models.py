@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from interop.keymaps import LLAMA_GGUF, llama_shapes, nest, to_torch
-from lora_jax.models.decoder import Decoder, DecoderConfig
+from interop.keymaps import LLAMA_GGUF, nest, to_torch
+from lora_jax.models.decoder import Decoder, DecoderConfig, leaf_shapes
+from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm, Rope
 
 SMALL = DecoderConfig(
     vocab_size=96,
@@ -19,7 +20,7 @@ SMALL = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=5e4,
+    layer_kinds=(LayerKind(Rope(5e4)),),
     max_positions=128,
 )
 # Rows as long as the largest block of any quantisation.
@@ -36,8 +37,8 @@ BLOCKS = DecoderConfig(
 VARIANTS = {
     "tied": {},
     "untied": {"tie_embeddings": False},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "wide_heads": {"head_dim": 24, "num_kv_heads": 1, "rms_norm_eps": 1e-3},
+    "biases": {"attention": AttentionForm(bias=True), "mlp": MLPForm(bias=True)},
+    "wide_heads": {"head_dim": 24, "num_kv_heads": 1, "norm": NormForm(eps=1e-3)},
 }
 
 
@@ -50,7 +51,7 @@ def random_params(config, dtype="float32", seed=0):
         width = 0.3 if len(shape) < 3 else shape[-2] ** -0.5
         return (centre + width * generator.normal(size=shape)).astype(dtype)
 
-    return nest({path: leaf(path, shape) for path, shape in llama_shapes(config).items()})
+    return nest({path: leaf(path, shape) for path, shape in leaf_shapes(config).items()})
 
 
 @partial(jax.jit, static_argnums=0)
@@ -90,9 +91,9 @@ def write_gguf(path, config, params, *, kind=Kind.F32, tokenizer=None, extra=())
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.layer_kinds[0].rope.theta)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in extra:
         add = writer.add_string if isinstance(value, str) else writer.add_uint32

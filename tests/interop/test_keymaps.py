@@ -18,24 +18,17 @@ from interop.keymaps import (
     flatten,
     from_torch,
     leaf_path,
-    llama_shapes,
     module_name,
     nest,
     to_torch,
 )
 from lora_jax.errors import InputError
-from lora_jax.models.decoder import param_shapes
+from lora_jax.models.decoder import leaf_shapes
+from lora_jax.models.forms import AttentionForm
 
 from small_models import SMALL, VARIANTS, random_params
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-@variants
-def test_shapes_are_those_of_the_decoder(changes):
-    config = dataclasses.replace(SMALL, **changes)
-    expected = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config))
-    assert llama_shapes(config) == flatten(expected)
 
 
 @variants
@@ -48,7 +41,7 @@ def test_names_and_shapes_are_those_of_transformers(changes):
 
 
 def test_gguf_names_are_those_of_the_gguf_package():
-    config = dataclasses.replace(SMALL, tie_embeddings=False, attention_bias=True)
+    config = dataclasses.replace(SMALL, tie_embeddings=False, attention=AttentionForm(bias=True))
     params = random_params(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     translated = [
@@ -60,9 +53,9 @@ def test_gguf_names_are_those_of_the_gguf_package():
 @pytest.mark.parametrize("table", [LLAMA, LLAMA_GGUF], ids=["torch", "gguf"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_round_trip_is_byte_equal(table, dtype):
-    config = dataclasses.replace(SMALL, tie_embeddings=False, attention_bias=True)
+    config = dataclasses.replace(SMALL, tie_embeddings=False, attention=AttentionForm(bias=True))
     params = random_params(config, dtype)
-    back = from_torch(to_torch(params, table), table, llama_shapes(config))
+    back = from_torch(to_torch(params, table), table, leaf_shapes(config))
     ours, theirs = flatten(params), flatten(back)
     assert list(ours) == list(theirs)
     for path, leaf in ours.items():
@@ -88,7 +81,7 @@ def test_jax_arrays_are_leaves_too():
 def test_the_result_owns_its_memory_and_the_input_is_untouched():
     weights = {n: a.copy() for n, a in to_torch(random_params(SMALL), LLAMA).items()}
     before = {name: array.copy() for name, array in weights.items()}
-    for leaf in flatten(from_torch(weights, LLAMA, llama_shapes(SMALL))).values():
+    for leaf in flatten(from_torch(weights, LLAMA, leaf_shapes(SMALL))).values():
         leaf[...] = 0
     for name, array in weights.items():
         np.testing.assert_array_equal(array, before[name])
@@ -98,7 +91,7 @@ def test_dtype_can_be_chosen():
     back = from_torch(
         to_torch(random_params(SMALL, "bfloat16"), LLAMA),
         LLAMA,
-        llama_shapes(SMALL),
+        leaf_shapes(SMALL),
         dtype="float32",
     )
     assert {leaf.dtype for leaf in flatten(back).values()} == {np.dtype("float32")}
@@ -113,7 +106,7 @@ def test_everything_that_does_not_fit_is_in_one_error():
     weights["model.layers.1.mlp.gate_proj.weight"] = np.ones((3, 5), np.float32)
     weights["model.layers.2.mlp.down_proj.weight"] = np.ones((64, 96), np.int8)
     with pytest.raises(InputError) as caught:
-        from_torch(weights, LLAMA, llama_shapes(SMALL))
+        from_torch(weights, LLAMA, leaf_shapes(SMALL))
     for part in (
         "missing: model.layers.{0,1,2}.mlp.up_proj.weight, model.norm.weight",
         "unexpected: model.layers.0.self_attn.q_norm.weight",
@@ -127,20 +120,20 @@ def test_everything_that_does_not_fit_is_in_one_error():
 def test_rotary_buffers_of_old_checkpoints_are_ignored():
     weights = to_torch(random_params(SMALL), LLAMA)
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8) for i in range(3)}
-    from_torch(weights | buffers, LLAMA, llama_shapes(SMALL))
+    from_torch(weights | buffers, LLAMA, leaf_shapes(SMALL))
     with pytest.raises(InputError, match=r"unexpected: .*inv_freq_scale"):
         from_torch(
-            weights | {"model.rotary_emb.inv_freq_scale": np.ones(8)}, LLAMA, llama_shapes(SMALL)
+            weights | {"model.rotary_emb.inv_freq_scale": np.ones(8)}, LLAMA, leaf_shapes(SMALL)
         )
 
 
 def test_a_tied_head_may_be_repeated_but_not_differ():
     weights = to_torch(random_params(SMALL), LLAMA)
     head = weights["model.embed_tokens.weight"].copy()
-    from_torch(weights | {"lm_head.weight": head}, LLAMA, llama_shapes(SMALL))
+    from_torch(weights | {"lm_head.weight": head}, LLAMA, leaf_shapes(SMALL))
     head[0, 0] += 1
     with pytest.raises(InputError, match=r"not the copy it should be: lm_head\.weight of model"):
-        from_torch(weights | {"lm_head.weight": head}, LLAMA, llama_shapes(SMALL))
+        from_torch(weights | {"lm_head.weight": head}, LLAMA, leaf_shapes(SMALL))
 
 
 def test_unknown_leaves_are_named():

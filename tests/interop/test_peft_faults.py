@@ -13,6 +13,7 @@ from interop import peft
 from interop.keymaps import LLAMA
 from interop.peft import CONFIG, WEIGHTS
 from lora_jax.manifest import MANIFEST
+from lora_jax.models.forms import AttentionForm
 from lora_jax.site import Plan, Site
 
 from peft_cases import (
@@ -357,7 +358,7 @@ def test_sites_that_peft_has_no_form_for_are_refused_by_name(tmp_path, params, p
 
 EMBEDDING = "embed_tokens/embedding"
 FULL = {"variant": "full"}
-BIASED = replace(DECODER, attention_bias=True)
+BIASED = replace(DECODER, attention=AttentionForm(bias=True))
 UNWRITABLE = {
     "two variants": (
         DECODER,

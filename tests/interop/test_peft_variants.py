@@ -16,6 +16,7 @@ from interop import peft, torch_io
 from interop.keymaps import LLAMA
 from interop.peft import CONFIG, WEIGHTS
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.forms import AttentionForm
 
 from peft_cases import (
     DECODER,
@@ -36,7 +37,7 @@ Rule = lora.Rule
 MODELS = {
     "untied": DECODER,
     "tied": replace(DECODER, tie_embeddings=True),
-    "biased": replace(DECODER, attention_bias=True),
+    "biased": replace(DECODER, attention=AttentionForm(bias=True)),
 }
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 LINEAR = r".*_proj/kernel"

@@ -32,11 +32,14 @@ def _torch_llama(config: DecoderConfig, seed: int) -> LlamaForCausalLM:
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.norm.eps,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": config.layer_kinds[0].rope.theta,
+            },
             tie_word_embeddings=config.tie_embeddings,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
+            attention_bias=config.attention.bias,
+            mlp_bias=config.mlp.bias,
             max_position_embeddings=config.max_positions,
             attn_implementation="eager",
         )
@@ -59,7 +62,7 @@ def _parameter_tree(model: LlamaForCausalLM, config: DecoderConfig) -> dict:
         parts = {"kernel": stacked(f"{name}.weight")}
         return parts | ({"bias": stacked(f"{name}.bias")} if biased else {})
 
-    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
+    biased = {"self_attn": config.attention.bias, "mlp": config.mlp.bias}
     layers = {
         part: {name: projection(f"{part}.{name}", biased[part]) for name in names}
         for part, names in PROJECTIONS.items()

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from lora_jax.errors import InputError
-from lora_jax.models.attention import AttentionContext, rotary_tables, rotate
+from lora_jax.models.attention import Angles, rotate
 from lora_jax.models.decoder import Decoder, DecoderConfig, init_cache, init_params, param_shapes
+from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm, Rope
 from lora_jax.models.presets import TINY
+from lora_jax.models.rope import frequencies
 
 SMALL = DecoderConfig(
     vocab_size=96,
@@ -28,19 +30,19 @@ SMALL = DecoderConfig(
 VARIANTS = {
     "tied": {},
     "untied": {"tie_embeddings": False},
-    "attention_bias": {"attention_bias": True},
-    "mlp_bias": {"mlp_bias": True},
+    "attention_bias": {"attention": AttentionForm(bias=True)},
+    "mlp_bias": {"mlp": MLPForm(bias=True)},
     "one_kv_head": {"num_kv_heads": 1},
     "one_kv_head_per_head": {"num_kv_heads": 6},
     "wide_heads": {"head_dim": 20},
     "one_head": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 16},
-    "long_waves": {"rope_theta": 1e6, "rms_norm_eps": 1e-2},
+    "long_waves": {"layer_kinds": (LayerKind(Rope(1e6)),), "norm": NormForm(eps=1e-2)},
     "everything": {
         "tie_embeddings": False,
-        "attention_bias": True,
-        "mlp_bias": True,
+        "attention": AttentionForm(bias=True),
+        "mlp": MLPForm(bias=True),
         "head_dim": 12,
-        "rope_theta": 500.0,
+        "layer_kinds": (LayerKind(Rope(500.0)),),
         "num_layers": 2,
     },
 }
@@ -113,7 +115,11 @@ def test_layers_and_logits_equal_transformers(llama, changes):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rope_theta": 9_000.0}, {"rope_interleaved": True}, {"rms_norm_eps": 1e-3}],
+    [
+        {"layer_kinds": (LayerKind(Rope(9_000.0)),)},
+        {"rope_interleaved": True},
+        {"norm": NormForm(eps=1e-3)},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_wrong_config_is_seen(llama, change):
@@ -132,7 +138,7 @@ def test_expected_shapes_are_those_of_transformers(llama, changes):
 
 
 def test_gradients_equal_transformers(llama):
-    config = dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True, tie_embeddings=True)
+    config = dataclasses.replace(SMALL, attention=AttentionForm(bias=True), mlp=MLPForm(bias=True))
     reference = llama(config)
     tokens, weights = tokens_of(config), np.random.default_rng(1).normal(size=(BATCH, TIME, 96))
     weights = weights.astype(np.float32)
@@ -155,10 +161,9 @@ def test_gradients_equal_transformers(llama):
 
 def test_interleaved_rotation_is_a_complex_product():
     x = np.random.default_rng(0).normal(size=(2, 9, 3, 8)).astype(np.float32)
-    config = dataclasses.replace(SMALL, rope_theta=100.0)
     positions = np.arange(18).reshape(2, 9)
-    cos, sin = rotary_tables(config, jnp.asarray(positions))
-    turned = rotate(x, AttentionContext(cos, sin, None, None), interleaved=True)
+    turns = positions[..., None, None] * frequencies(SMALL, Rope(100.0)).per_feature
+    turned = rotate(x, Angles(jnp.cos(turns), jnp.sin(turns)), interleaved=True)
     angles = positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)
     expected = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
     close(turned[..., 0::2], expected.real, 1e-6)
@@ -166,7 +171,7 @@ def test_interleaved_rotation_is_a_complex_product():
 
 
 def test_interleaved_equals_half_rotated_after_permuting_query_and_key(llama):
-    halves = dataclasses.replace(SMALL, attention_bias=True)
+    halves = dataclasses.replace(SMALL, attention=AttentionForm(bias=True))
     interleaved = dataclasses.replace(halves, rope_interleaved=True)
     params = llama(halves).params
     order = np.arange(halves.head_dim).reshape(2, -1).T.ravel()  # 0, h/2, 1, h/2 + 1, ...
@@ -334,7 +339,7 @@ def test_stored_dtype_is_free_of_compute_dtype(llama):
 
 
 def test_random_weights_have_llamas_deviation():
-    config = dataclasses.replace(TINY, attention_bias=True)
+    config = dataclasses.replace(TINY, attention=AttentionForm(bias=True))
     params = init_params(jax.random.key(3), config)
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
     assert float(jnp.std(kernel)) == pytest.approx(0.02, rel=0.05)
@@ -349,7 +354,10 @@ def test_random_weights_have_llamas_deviation():
         ({"num_heads": 5}, ["num_heads=5", "num_kv_heads=2"]),
         ({"head_dim": 7, "dtype": "int8"}, ["head_dim=7", "dtype='int8'", "bfloat16"]),
         ({"num_kv_heads": 0, "vocab_size": -1}, ["num_kv_heads=0", "vocab_size=-1"]),
-        ({"rope_theta": 0.0, "rms_norm_eps": -1.0}, ["rope_theta=0.0", "rms_norm_eps=-1.0"]),
+        (
+            {"layer_kinds": (LayerKind(Rope(0.0)),), "norm": NormForm(eps=-1.0)},
+            ["theta=0.0", "norm.eps=-1.0"],
+        ),
     ],
     ids=str,
 )

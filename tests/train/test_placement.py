@@ -17,6 +17,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import param_shapes
+from lora_jax.models.forms import AttentionForm, MLPForm
 from lora_jax.train.losses import LossSum
 from lora_jax.train.mesh import make_mesh
 from lora_jax.train.placement import Placement, on_mesh, on_one_device, on_replicas
@@ -220,7 +221,7 @@ def collectives(program):
 
 DECODER = DecoderConfig(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=8, tie_embeddings=False, attention_bias=True, mlp_bias=True,
+    head_dim=8, tie_embeddings=False, attention=AttentionForm(bias=True), mlp=MLPForm(bias=True),
 )  # fmt: skip
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -1,0 +1,257 @@
+"""Rotary settings of ``config.json`` <-> `Rope`, where each version of transformers keeps them.
+
+The base stands in ``rope_theta`` or in ``rope_parameters``, the scaling in ``rope_scaling`` or
+in ``rope_parameters``; a model that rotates its windowed layers otherwise has
+``rope_local_base_freq``, or one group of ``rope_parameters`` for each type of layer.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from interop.hf_attributes import NUMBER, REQUIRED, Attribute, faults, resolved
+from lora_jax.models.forms import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Rope,
+    Scaling,
+    YarnScaling,
+)
+
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+_GROUPS = ("rope_parameters", "rope_scaling")
+_ORIGINAL = "original_max_position_embeddings"
+_PART = "partial_rotary_factor"
+_OF_ALL_TYPES = ("rope_theta", "rope_type", "type", _PART)
+
+
+class RopeScheme(NamedTuple):
+    """How a family rotates.
+
+    Attributes:
+      theta: base where none is given.
+      local_theta: base of windowed layers where none is given; None: as of the others.
+      original: longest row before stretching, where ``original_max_position_embeddings`` stands
+        outside the groups and isn't given; None: it stands in the groups.
+      partial: a part of each head may stay as it is.
+      renamed: older names of types.
+    """
+
+    theta: float = 10_000.0
+    local_theta: float | None = None
+    original: int | None = None
+    partial: bool = False
+    renamed: Mapping[str, str] = {}
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """What may be given."""
+        local = (Attribute("rope_local_base_freq", None, NUMBER),) if self.local_theta else ()
+        original = (Attribute(_ORIGINAL, None, default=self.original),) if self.original else ()
+        return (
+            *(Attribute(name, None, (dict,)) for name in _GROUPS),
+            Attribute("rope_theta", None, NUMBER),
+            Attribute(_PART, None, NUMBER),
+            *local,
+            *original,
+        )
+
+
+class _Type(NamedTuple):
+    scaling: type[Scaling]
+    settings: tuple[Attribute, ...]
+
+
+_FACTOR = Attribute("factor", "factor", NUMBER, REQUIRED)
+_CONTEXT = Attribute(_ORIGINAL, "original_max_positions", default=lambda found: found["longest"])
+_AMPLITUDE = Attribute("attention_factor", "attention_factor", NUMBER)
+_TYPES: dict[str, _Type | None] = {
+    "default": None,
+    "linear": _Type(LinearScaling, (_FACTOR,)),
+    "dynamic": _Type(DynamicScaling, (_FACTOR,)),
+    "llama3": _Type(
+        Llama3Scaling,
+        (
+            _FACTOR,
+            Attribute("low_freq_factor", "low_freq_factor", NUMBER, REQUIRED),
+            Attribute("high_freq_factor", "high_freq_factor", NUMBER, REQUIRED),
+            _CONTEXT,
+        ),
+    ),
+    "yarn": _Type(
+        YarnScaling,
+        (
+            _FACTOR,
+            _CONTEXT,
+            _AMPLITUDE,
+            Attribute("beta_fast", "beta_fast", NUMBER, 32.0),
+            Attribute("beta_slow", "beta_slow", NUMBER, 1.0),
+            Attribute("mscale", "mscale", NUMBER),
+            Attribute("mscale_all_dim", "mscale_all_dim", NUMBER),
+            Attribute("truncate", "truncate", (bool,), True),
+        ),
+    ),
+    "longrope": _Type(
+        LongScaling,
+        (
+            Attribute("short_factor", "short_factor", (list,), REQUIRED),
+            Attribute("long_factor", "long_factor", (list,), REQUIRED),
+            _CONTEXT,
+            Attribute(
+                "factor",
+                "factor",
+                NUMBER,
+                lambda found: found["longest"] / found[_ORIGINAL],
+            ),
+            _AMPLITUDE,
+        ),
+    ),
+}
+
+
+def rope_faults(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> list[str]:
+    """What keeps a type of layers from being rotated as ``given``, without nulls, describes."""
+    if scheme.local_theta and not _one_group_a_type(given):
+        expected = f"expected a group for each of {', '.join(LAYER_TYPES)}"
+        return [f"rope_parameters={given['rope_parameters']!r} ({expected})"]
+    groups, thetas = _groups(scheme, given, layers), _thetas(scheme, given, layers)
+    found = [
+        f"{name}={given[name]!r} ({', '.join(wrong)})"
+        for name, group in groups.items()
+        if (wrong := _group_faults(group, scheme))
+    ]
+    parts = {place[_PART] for place in _places(groups, given) if _PART in place}
+    if (given.get(_PART, 1.0) != 1 and not scheme.partial) or len(parts) > 1:
+        found.append(f"{_PART} is {' and '.join(map(str, sorted(parts)))} (known: 1.0)")
+    said = [_settings(group, scheme) for group in groups.values()]
+    if not found and said[1:] and said[0] != said[1]:
+        found += [f"{name}={given[name]!r} (they differ)" for name in groups]
+    if len(thetas) > 1:
+        found.append(f"rope_theta is {' and '.join(map(str, sorted(thetas)))}")
+    return found
+
+
+def rope_of(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> Rope:
+    """The rotation of a type of layers, from attributes without faults and without nulls."""
+    groups, thetas = _groups(scheme, given, layers), _thetas(scheme, given, layers)
+    default = scheme.local_theta if layers == SLIDING and scheme.local_theta else scheme.theta
+    settings = next((_settings(group, scheme) for group in groups.values()), {})
+    parts = (group.get(_PART) for group in _places(groups, given))
+    return Rope(
+        theta=float(next(iter(thetas), default)),
+        scaling=_scaling(settings, given),
+        fraction=float(next(filter(None, parts), 1.0)),
+    )
+
+
+def rope_attributes(scheme: RopeScheme, full: Rope, sliding: Rope) -> dict[str, Any]:
+    """What `rope_of` reads as these two, for transformers 5 (``rope_parameters``) and 4."""
+    said = {FULL: _written(full), SLIDING: _written(sliding)}
+    scaling = {} if full.scaling is None else {"rope_scaling": _without_theta(said[FULL])}
+    partial = {} if full.fraction == 1 else {_PART: full.fraction}
+    if scheme.original and _ORIGINAL in said[FULL]:
+        partial[_ORIGINAL] = said[FULL][_ORIGINAL]
+    local = {"rope_local_base_freq": sliding.theta, "rope_parameters": said}
+    plain = {"rope_parameters": said[FULL]}
+    return {
+        "rope_theta": full.theta,
+        **scaling,
+        **partial,
+        **(local if scheme.local_theta else plain),
+    }
+
+
+def _groups(
+    scheme: RopeScheme, given: Mapping[str, Any], layers: str
+) -> dict[str, Mapping[str, Any]]:
+    """What each attribute says of a type of layers."""
+    groups = {name: given[name] for name in _GROUPS if name in given}
+    if scheme.local_theta and "rope_parameters" in groups:
+        groups["rope_parameters"] = groups["rope_parameters"].get(layers) or {}
+    if scheme.local_theta and layers == SLIDING:
+        groups.pop("rope_scaling", None)
+    return {
+        name: {key: value for key, value in group.items() if value is not None}
+        for name, group in groups.items()
+    }
+
+
+def _one_group_a_type(given: Mapping[str, Any]) -> bool:
+    groups = given.get("rope_parameters", {})
+    return {*groups} <= {*LAYER_TYPES} and all(
+        type(g) in (dict, type(None)) for g in groups.values()
+    )
+
+
+def _thetas(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> set[float]:
+    """The bases that are said, which each version of transformers keeps elsewhere."""
+    local = scheme.local_theta is not None and layers == SLIDING
+    top = given.get("rope_local_base_freq" if local else "rope_theta")
+    groups = _groups(scheme, given, layers).values()
+    return {theta for theta in (top, *(g.get("rope_theta") for g in groups)) if theta is not None}
+
+
+def _places(
+    groups: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> Iterable[Mapping[str, Any]]:
+    return (
+        {_PART: given[_PART]} if _PART in given else {},
+        *groups.values(),
+    )
+
+
+def _type(group: Mapping[str, Any], scheme: RopeScheme) -> str:
+    name = group.get("rope_type", group.get("type", "default"))
+    return scheme.renamed.get(name, name)
+
+
+def _settings(group: Mapping[str, Any], scheme: RopeScheme) -> dict[str, Any]:
+    """The group in one spelling, without what is said of all types."""
+    rest = {key: value for key, value in group.items() if key not in _OF_ALL_TYPES}
+    return {"rope_type": _type(group, scheme), **rest}
+
+
+def _group_faults(group: Mapping[str, Any], scheme: RopeScheme) -> list[str]:
+    name, settings = _type(group, scheme), _settings(group, scheme)
+    if name not in _TYPES:
+        return [f"rope_type {name!r} is none of {', '.join(_TYPES)}"]
+    kind = _TYPES[name]
+    known = kind.settings if kind else ()
+    unknown = set(settings) - {"rope_type", *(each.name for each in known)}
+    part = group.get(_PART, 1.0)
+    return [
+        *(f"{key} says nothing in {name!r}" for key in sorted(unknown)),
+        *([f"{_PART}={part} instead of 1.0"] if part != 1 and not scheme.partial else ()),
+        *faults(known, group),
+    ]
+
+
+def _scaling(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Scaling | None:
+    kind = _TYPES[settings.get("rope_type", "default")]
+    if kind is None:
+        return None
+    longest = given["max_position_embeddings"]
+    outside = {key: given[key] for key in (_ORIGINAL,) if key in given}
+    values = resolved(
+        (Attribute("longest"), *kind.settings), {**settings, **outside, "longest": longest}
+    )
+    return kind.scaling(**{str(a.field): _hashable(values[a.name]) for a in kind.settings})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
+
+
+def _written(rope: Rope) -> dict[str, Any]:
+    names = (name for name, kind in _TYPES.items() if kind and type(rope.scaling) is kind.scaling)
+    name = next(names, "default")
+    kind = _TYPES[name]
+    fields = {a.name: getattr(rope.scaling, str(a.field)) for a in kind.settings} if kind else {}
+    said = {key: [*v] if type(v) is tuple else v for key, v in fields.items() if v is not None}
+    partial = {} if rope.fraction == 1 else {_PART: rope.fraction}
+    return {"rope_theta": rope.theta, "rope_type": name, **partial, **said}
+
+
+def _without_theta(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "rope_theta"}
