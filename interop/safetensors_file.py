@@ -84,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file atomically; beside ``tensors`` no more than a piece of one is held.
+    """Write the file atomically; beside ``tensors`` two pieces of one are held.
 
     Raises:
       InputError: a dtype that the format doesn't have, or a place that can't be written.
