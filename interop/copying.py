@@ -36,31 +36,41 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         _copy_blocks(targets[index], sources[index], stage)
 
 
-def in_pieces(array: np.ndarray, scratch: np.ndarray) -> Iterator[np.ndarray]:
+def in_pieces(
+    array: np.ndarray, most: int, scratches: Iterator[np.ndarray]
+) -> Iterator[np.ndarray]:
     """The values in C order and the machine's byte order, as flat pieces one after the other.
 
-    An array that lies so is its own only piece; of another each is copied into ``scratch``, which
-    the next one overwrites.
+    An array that lies so is its own only piece; of another each is copied into a scratch.
 
     Args:
       array: any.
-      scratch: (bytes,) uint8, what a piece has at most; at least one item of the array.
+      most: bytes of a piece that is copied; at least an item of the array.
+      scratches: what the pieces are copied into in turn, each (most,) uint8.
 
-    >>> [piece.tolist() for piece in in_pieces(np.arange(4).reshape(2, 2).T, np.empty(16, "u1"))]
+    >>> from itertools import repeat
+    >>> pieces = in_pieces(np.arange(4).reshape(2, 2).T, 16, repeat(np.empty(16, np.uint8)))
+    >>> [piece.tolist() for piece in pieces]
     [[0, 2], [1, 3]]
     """
     native = array.dtype.newbyteorder("=")
     if array.flags.c_contiguous and array.dtype == native:
         yield array.reshape(-1)
-    elif array.nbytes <= scratch.size:
-        piece = scratch[: array.nbytes].view(native)
-        copy_into(piece.reshape(array.shape), array)
+        return
+    for part in _parts(array, most):
+        piece = next(scratches)[: part.nbytes].view(native)
+        copy_into(piece.reshape(part.shape), part)
         yield piece
-    else:
-        rows = max(1, scratch.size // array[0].nbytes)
-        for row in range(0, len(array), rows):
-            part = array[row : row + rows]
-            yield from in_pieces(part if rows > 1 else part[0], scratch)
+
+
+def _parts(array: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """The array cut along its first axes into parts of at most so many bytes."""
+    if array.nbytes <= most:
+        yield array
+        return
+    rows = max(1, most // array[0].nbytes)
+    for row in range(0, len(array), rows):
+        yield from _parts(array[row : row + rows] if rows > 1 else array[row], most)
 
 
 def _as_words(target: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

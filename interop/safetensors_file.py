@@ -11,9 +11,11 @@ the rest   the data, without a gap
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file atomically; beside ``tensors`` no more than a piece of one is held.
+    """Write the file atomically; beside ``tensors`` two pieces of one are held.
 
     Raises:
       InputError: a dtype that the format doesn't have, or a place that can't be written.
@@ -113,10 +115,24 @@ def in_file_order(tensors: Mapping[str, np.ndarray]) -> Tensors:
 def write_to(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> None:
     """Write header and data of arrays that are in the file's order to an open file."""
     file.write(_header(arrays, dict(sorted(metadata.items()))))
-    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+    _write_behind(file, _pieces(arrays))
+
+
+def _pieces(arrays: Tensors) -> Iterator[np.ndarray]:
+    """The data in order; a piece may lie where the one before the last did."""
+    scratches = itertools.cycle([np.empty(_SCRATCH_BYTES, np.uint8) for _ in range(2)])
     for array in arrays.values():
-        for piece in in_pieces(array, scratch):
-            file.write(piece.view(np.uint8).data)
+        yield from in_pieces(array, _SCRATCH_BYTES, scratches)
+
+
+def _write_behind(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
+    """Write each piece while the next one is made."""
+    with ThreadPoolExecutor(1) as writer:
+        written = writer.submit(int)
+        for piece in pieces:
+            written.result()
+            written = writer.submit(file.write, piece.view(np.uint8).data)
+        written.result()
 
 
 def _view(

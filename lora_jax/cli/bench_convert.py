@@ -31,7 +31,7 @@ def run(options: Options) -> int:
 
     report = conversions(options)
     memcpy = report.rows[0].rate
-    table = Table(title=f"{report.gigabytes:.2f} GB of {options.dtype}, in one thread")
+    table = Table(title=f"{report.gigabytes:.2f} GB of {options.dtype}")
     for heading in ("what", "GB/s", "of memcpy", "MB beyond\nboth"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row in report.rows:

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from interop import torch_io
+from interop.inspection import inspect
+from lora_jax.cli.inspecting import as_json
 from lora_jax.errors import InputError
 
 SECONDS = 1.0
@@ -209,11 +211,64 @@ def test_mutated_files_are_read_or_refused(tmp_path, bounded_memory, suffix, mut
     outcome(path)
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A small PEFT directory: names and contents of its files."""
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "v"],
+              "rank_pattern": {"v": 1}, "alpha_pattern": {}, "bias": "none"}  # fmt: skip
+    tensors = {
+        f"base_model.model.h.0.{name}.lora_{factor}.weight": rng.normal(size=shape).astype("f4")
+        for name, rank in (("q", 2), ("v", 1))
+        for factor, shape in (("A", (rank, 3)), ("B", (4, rank)))
+    }
+    folder = tmp_path_factory.mktemp("adapter")
+    torch_io.write(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@few
+@given(mutations=MUTATIONS)
+def test_mutated_adapters_are_inspected_or_refused(tmp_path, adapter, name, mutations):
+    content = bytearray(adapter[name])
+    for place, new in mutations:
+        start = place % len(content)
+        content[start : start + len(new)] = new
+    for file, known in {**adapter, name: bytes(content)}.items():
+        (tmp_path / file).write_bytes(known)
+    try:
+        found = inspect(tmp_path)
+    except InputError:
+        return
+    assert found.format == "peft"
+    assert as_json(found)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=3,
 )
+KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
+        "target_modules", "target_parameters", "trainable_token_indices", "exclude_modules",
+        "layers_to_transform", "modules_to_save", "base_model_name_or_path", "other")  # fmt: skip
+
+
+@few
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+def test_configs_of_anything_are_inspected_or_refused(tmp_path, adapter, changes):
+    config = json.loads(adapter["adapter_config.json"])
+    changed = {**adapter, "adapter_config.json": json.dumps({**config, **changes}).encode()}
+    for file, content in changed.items():
+        (tmp_path / file).write_bytes(content)
+    try:
+        assert as_json(inspect(tmp_path))
+    except InputError as error:
+        assert len(str(error)) < 10_000  # noqa: PT017
+
+
 NUMBERS = st.lists(st.integers(-1, 9) | JSON, max_size=3)
 ENTRY = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["F32", "U8", "BF16", "F4", 3]), "shape": NUMBERS,
