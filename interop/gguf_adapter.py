@@ -70,7 +70,7 @@ def read(path: str | os.PathLike, config: DecoderConfig) -> FileAdapter:
     return _adapter(file, {place.tensor: place for place in places(config)})
 
 
-def read_as_named(path: str | os.PathLike) -> FileAdapter:
+def read_for_inspection(path: str | os.PathLike) -> FileAdapter:
     """The adapter in a GGUF file by the file's own names, of any architecture: to be looked at.
 
     Which modules of torch these are, and whose rows llama.cpp has in another order, only a base

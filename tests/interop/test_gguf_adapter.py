@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 import lora_jax as lora
 from interop.adapter_file import delta_weight
 from interop.adapter_plan import from_plan, to_plan
-from interop.gguf_adapter import read, read_as_named
+from interop.gguf_adapter import read, read_for_inspection
 from interop.gguf_adapter_writing import write
 from interop.keymaps import LLAMA, LLAMA_GGUF, from_torch, to_torch
 from lora_jax.errors import InputError
@@ -250,8 +250,8 @@ def test_norms_are_read_and_said_to_be_ignored_elsewhere(tmp_path):
 
 LOOK = """
 import sys
-from interop.gguf_adapter import read_as_named
-found = read_as_named(sys.argv[1])
+from interop.gguf_adapter import read_for_inspection
+found = read_for_inspection(sys.argv[1])
 print({"jax", "torch"} & {*sys.modules}, [*found.modules][:2], *found.notes)
 """
 
@@ -263,7 +263,7 @@ def test_a_look_at_a_file_needs_neither_base_nor_jax(tmp_path):
     names = "['token_embd', 'blk.0.ffn_down']"
     note = "names and the order of rows are the file's own: a base's config gives torch's"
     assert printed.strip() == f"set() {names} {note}"
-    named = read_as_named(path).modules
+    named = read_for_inspection(path).modules
     for name, module in read(path, UNTIED).modules.items():
         own = named[gguf_name(name).removesuffix(".weight")]
         assert own.kind == module.kind

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interop.adapter_file import FileAdapter, RowAdapter, delta_weight
-from interop.gguf_adapter import read, read_as_named
+from interop.gguf_adapter import read, read_for_inspection
 from interop.gguf_adapter_writing import write
 from lora_jax.errors import InputError
 
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_read_or_refused(tiny, data):
         found = read(path, UNTIED)
         assert all(np.isfinite(delta_weight(module)).all() for module in found.modules.values())
     with contextlib.suppress(InputError):
-        read_as_named(path)
+        read_for_inspection(path)
 
 
 def with_tensors(whole, names):
@@ -190,7 +190,7 @@ def with_tensors(whole, names):
     [
         (lambda path: read(path, UNTIED), "x{}.lora_b", 100_000, "100000 tensors"),
         (lambda path: read(path, UNTIED), "x{}.lora_b", 20_000, "and 19993 more"),
-        (read_as_named, "blk.{}.attn_q.weight.lora_a", 20_000, "and 19993 more"),
+        (read_for_inspection, "blk.{}.attn_q.weight.lora_a", 20_000, "and 19993 more"),
     ],
 )
 def test_many_entries_are_refused_at_once(tiny, tmp_path, reads, name, count, fault):
@@ -208,4 +208,4 @@ def test_tensors_that_overlap_are_refused(tiny, tmp_path):
     path = tmp_path / "many.gguf"
     path.write_bytes(with_tensors(tiny[1], names))
     with pytest.raises(InputError, match="they overlap"):
-        read_as_named(path)
+        read_for_inspection(path)
