@@ -98,6 +98,23 @@ def test_routing_of_every_layer_can_be_had():
     assert routing.chosen.shape == (3, *TOKENS.shape, 2)
 
 
+@pytest.mark.parametrize("changes", [{}, {"expert_products": "ragged"}, {"remat": True}], ids=str)
+def test_every_linear_of_a_decoder_with_experts_has_a_low_rank_form(changes):
+    config = replace(built("qwen3_moe").config, **changes)
+    settings = lora.LoraConfig(rank=2, targets="all-linear")
+    function, shapes = decoder_logits(config), param_shapes(config)
+    plan = lora.plan(function, shapes, TOKENS, config=settings, strict=True)
+    tables = {path for path in leaf_shapes(config) if path.endswith(("scale", "embedding"))}
+    assert set(plan) == set(leaf_shapes(config)) - tables - {"lm_head/kernel"}
+    assert plan["layers/mlp/gate/kernel"].roles == ("stack", "in", "out")
+    assert plan["layers/mlp/experts/gate_up_proj"].roles == ("stack", "stack", "in", "out")
+    mlp = lora.LoraConfig(rank=2, targets="mlp")
+    names = {"gate/kernel", "experts/gate_up_proj", "experts/down_proj"}
+    assert set(lora.plan(function, shapes, TOKENS, config=mlp)) == {
+        f"layers/mlp/{n}" for n in names
+    }
+
+
 def attributes_of(name):
     return {**to_attributes(built(name).config, dtype="float32"), "output_router_logits": False}
 
