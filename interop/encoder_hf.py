@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.encoder_hf_config import family_of, read_config, to_attributes
+from interop.encoder_hf_config import encoder_family, read_config, to_attributes
 from interop.encoder_keymaps import BARE, encoder_keymap, encoder_shapes
 from interop.keymaps import Keymap, flatten, from_torch, to_torch
 from interop.torch_io import read_directory, write_directory
@@ -108,7 +108,7 @@ def _found(config: EncoderConfig, tensors: Mapping[str, Any]) -> tuple[EncoderCo
     """What ``config.json`` doesn't say: whether there is a pooler, and how the names begin."""
     if config.head != "none":
         return config, encoder_keymap(config)
-    _, family = family_of(config)
+    _, family = encoder_family(config)
     prefix = family.prefix if any(n.startswith(family.prefix) for n in tensors) else ""
     rules = tuple(rule._replace(name=prefix + rule.name) for rule in BARE.rules)
     pooler = f"{prefix}pooler.dense.weight" in tensors

@@ -5,29 +5,23 @@ Ours is torch's name with the layers as one, and the MLP's two halves gathered::
     layers/mlp/output/dense/kernel (L, in, out)  <->  bert.encoder.layer.{i}.output.dense.weight
 """
 
-from interop.keymaps import Keymap, Kind, Rule, Shape
+from interop.keymaps import Keymap, Rule, Shape, rules_of
 from lora_jax.errors import InputError
 from lora_jax.models.encoder_config import EncoderConfig
 
-# By kind of module: our leaf, torch's parameter, the order of its axes, its kind for adapters.
-_LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
-    "embedding": (("embedding", "weight", (), "embedding"),),
-    "norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
-    "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
-}
 _BODY = (
     ("embeddings.word_embeddings", "embedding"),
     ("embeddings.position_embeddings", "embedding"),
     ("embeddings.token_type_embeddings", "embedding"),
-    ("embeddings.LayerNorm", "norm"),
+    ("embeddings.LayerNorm", "layer_norm"),
     ("encoder.layer.{i}.attention.self.query", "linear"),
     ("encoder.layer.{i}.attention.self.key", "linear"),
     ("encoder.layer.{i}.attention.self.value", "linear"),
     ("encoder.layer.{i}.attention.output.dense", "linear"),
-    ("encoder.layer.{i}.attention.output.LayerNorm", "norm"),
+    ("encoder.layer.{i}.attention.output.LayerNorm", "layer_norm"),
     ("encoder.layer.{i}.intermediate.dense", "linear"),
     ("encoder.layer.{i}.output.dense", "linear"),
-    ("encoder.layer.{i}.output.LayerNorm", "norm"),
+    ("encoder.layer.{i}.output.LayerNorm", "layer_norm"),
     ("pooler.dense", "linear"),
 )
 _HEADS = {
@@ -51,11 +45,7 @@ def _path(module: str) -> str:
 
 
 def _rules(prefix: str, modules: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(f"{_path(module)}/{leaf}", f"{prefix}{module}.{suffix}", order, kind)
-        for module, made_of in modules
-        for leaf, suffix, order, kind in _LEAVES[made_of]
-    )
+    return rules_of((_path(module), f"{prefix}{module}", kind) for module, kind in modules)
 
 
 def _table(prefix: str, head: str) -> Keymap:
@@ -74,10 +64,9 @@ def encoder_keymap(config: EncoderConfig) -> Keymap:
     Raises:
       InputError: a head that goes with the other family's positions.
     """
-    family = {True: "roberta", False: "bert"}[config.positions_skip_padding]
     tables = {"none": BARE, "pooled": BERT, "dense": ROBERTA}
-    known = {("bert", "pooled"), ("roberta", "dense"), ("bert", "none"), ("roberta", "none")}
-    if (family, config.head) not in known:
+    other = {True: "pooled", False: "dense"}[config.positions_skip_padding]
+    if config.head == other:
         raise InputError(
             f"head={config.head!r} with positions_skip_padding={config.positions_skip_padding} "
             "has no counterpart in transformers: BERT has the head 'pooled', RoBERTa 'dense'"

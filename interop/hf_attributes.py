@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lora_jax.models.config import DecoderConfig
-
 NUMBER = (int, float)
 
 
@@ -26,7 +24,7 @@ class Attribute(NamedTuple):
 
     name: str
     field: str | None = None
-    """Dotted path in `DecoderConfig`; None for what sets a field only together with others."""
+    """Dotted path in the config; None for what sets a field only together with others."""
     kinds: tuple[type, ...] = (int,)
     default: Any = None
     """A value, `REQUIRED`, or a function of the attributes before it."""
@@ -39,7 +37,7 @@ class Attribute(NamedTuple):
         """The field's value."""
         return self.values[value] if self.values else value
 
-    def of(self, config: DecoderConfig) -> Any:
+    def of(self, config: Any) -> Any:
         """The attribute's value that stands for the config's field."""
         value = attrgetter(self.field or "")(config)
         known = (given for given, ours in self.values.items() if ours == value)

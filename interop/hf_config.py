@@ -16,7 +16,7 @@ from lora_jax.files import read_json
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.forms import AttentionForm, ExpertsForm, MLPForm, NormForm
 
-_DTYPES = ("dtype", "torch_dtype")
+DTYPES = ("dtype", "torch_dtype")
 _FORMS = {"norm": NormForm, "attention": AttentionForm, "mlp": MLPForm, "experts": ExpertsForm}
 _HOW_IT_RUNS = ("dtype", "remat", "scan_unroll", "expert_products")
 
@@ -29,7 +29,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Of every family: what doesn't change what the model computes.
 # fmt: off
-_HARMLESS = frozenset((
+HARMLESS = frozenset((
     # provenance
     "_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config",
     "unsloth_fixed", "unsloth_version", "finetuning_task",
@@ -105,7 +105,7 @@ def from_attributes(attributes: Mapping[str, Any], *, dtype: str | None = None) 
         wrong += layer_faults(family.layers, given, found)
     if wrong:
         raise InputError(f"not implemented: {'; '.join(wrong)}")
-    stored = next((given[key] for key in _DTYPES if key in given), "float32")
+    stored = next((given[key] for key in DTYPES if key in given), "float32")
     kinds = layer_kinds(family.layers, given, found)
     return _built({**fields, "layer_kinds": kinds, "family": name, "dtype": dtype or stored})
 
@@ -194,14 +194,14 @@ def _other_faults(family: Family, given: Mapping[str, Any]) -> list[str]:
     """Of what sets no field: what isn't known, and what isn't as the decoder has it."""
     fixed = fixed_attributes(family, given)
     handled = {attribute.name for attribute in family.handled}
-    known = {*handled, *fixed, *_HARMLESS, *family.harmless, *_DTYPES}
+    known = {*handled, *fixed, *HARMLESS, *family.harmless, *DTYPES}
     other = [name for name in fixed if name in given and given[name] not in fixed[name]]
     return [
         *(f"{n}={given[n]!r} (known: {', '.join(map(repr, fixed[n]))})" for n in other),
         *(f"{n}={given[n]!r} (unknown attribute)" for n in given if n not in known),
         *(
             f"{n}={given[n]!r} (expected str)"
-            for n in _DTYPES
+            for n in DTYPES
             if n in given and type(given[n]) is not str
         ),
     ]

@@ -18,12 +18,13 @@ from interop.torch_io import write as write_tensors
 from lora_jax.errors import InputError
 from lora_jax.models.encoder import Encoder, with_classifier
 
+from family_cases import compiled
 from small_encoders import CASES, COMMON, padded_batch, torch_encoder, torch_outputs
 
 cases = pytest.mark.parametrize(("architecture", "changes"), CASES.values(), ids=CASES.keys())
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(compiled, static_argnums=0)
 def run(config, params, tokens, mask, token_types):
     output, sown = Encoder(config).apply(
         {"params": params}, tokens, mask, token_types, mutable=["intermediates"]

@@ -1,4 +1,7 @@
-"""Mixtures of experts against transformers: directories, names in files and in memory, configs."""
+"""Mixtures of experts: names in files and in memory, caches, routing, configs, MiniMind's.
+
+What they compute is held to transformers by `test_families`.
+"""
 
 import json
 from dataclasses import replace
@@ -21,26 +24,19 @@ from lora_jax.models.decoder import Decoder, leaf_shapes, param_shapes
 from lora_jax.models.generate import generate, language_model
 from lora_jax.models.presets import TINY
 
-from family_cases import CASES, TOKENS, built, torch_trace, trace
-
-MIXTURES = [name for name in CASES if name.startswith(("mixtral", "qwen3_moe"))]
-mixtures = pytest.mark.parametrize("name", MIXTURES)
+from family_cases import TOKENS, built, torch_trace, trace
 
 
 def close(actual, expected, atol=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-@mixtures
-def test_layers_and_logits_equal_transformers(name):
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_whether_probabilities_are_renormalised_is_seen(name):
     case = built(name)
-    hidden, logits = trace(case.config, case.params, TOKENS)
-    close(hidden, case.hidden)
-    close(logits, case.logits)
-    fewer = replace(case.config.experts, renormalised=not case.config.experts.renormalised)
-    if case.config.experts.per_token > 1:
-        _, other = trace(replace(case.config, experts=fewer), case.params, TOKENS)
-        assert np.abs(other - case.logits).max() > 1e-2
+    experts = replace(case.config.experts, renormalised=not case.config.experts.renormalised)
+    _, other = trace(replace(case.config, experts=experts), case.params, TOKENS)
+    assert np.abs(other - case.logits).max() > 1e-2
 
 
 def test_products_over_sorted_tokens_compute_the_same():
@@ -100,6 +96,23 @@ def test_routing_of_every_layer_can_be_had():
     routing = jax.eval_shape(run, case.params, TOKENS)["routing"]["layers"]["mlp"]["router"]
     assert routing.probabilities.shape == (3, *TOKENS.shape, 4)
     assert routing.chosen.shape == (3, *TOKENS.shape, 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"expert_products": "ragged"}, {"remat": True}], ids=str)
+def test_every_linear_of_a_decoder_with_experts_has_a_low_rank_form(changes):
+    config = replace(built("qwen3_moe").config, **changes)
+    settings = lora.LoraConfig(rank=2, targets="all-linear")
+    function, shapes = decoder_logits(config), param_shapes(config)
+    plan = lora.plan(function, shapes, TOKENS, config=settings, strict=True)
+    tables = {path for path in leaf_shapes(config) if path.endswith(("scale", "embedding"))}
+    assert set(plan) == set(leaf_shapes(config)) - tables - {"lm_head/kernel"}
+    assert plan["layers/mlp/gate/kernel"].roles == ("stack", "in", "out")
+    assert plan["layers/mlp/experts/gate_up_proj"].roles == ("stack", "stack", "in", "out")
+    mlp = lora.LoraConfig(rank=2, targets="mlp")
+    names = {"gate/kernel", "experts/gate_up_proj", "experts/down_proj"}
+    assert set(lora.plan(function, shapes, TOKENS, config=mlp)) == {
+        f"layers/mlp/{n}" for n in names
+    }
 
 
 def attributes_of(name):
@@ -200,9 +213,8 @@ def test_the_first_minimind_with_experts_is_a_mixtral_with_rotated_neighbours():
     config = from_attributes({**MINIMIND_FIRST, **SMALL_FIRST, "n_shared_experts": None})
     assert (config.experts.per_token, config.experts.renormalised) == (2, True)
     params = drawn(config)
-    theirs, moved = in_halves(config, params)
-    theirs = replace(theirs, family="mixtral")
-    model = hf.to_transformers(theirs, moved)
+    theirs = replace(config, family="mixtral", rope_interleaved=False)
+    model = hf.to_transformers(theirs, in_halves(config, params))
     hidden, logits = torch_trace(model, theirs, TOKENS)
     ours = trace(config, params, TOKENS)
     close(ours[0], hidden)

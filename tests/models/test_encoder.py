@@ -13,6 +13,9 @@ import lora_jax as lora
 from lora_jax.errors import InputError
 from lora_jax.models.encoder import Encoder, EncoderConfig, init_encoder, token_positions
 
+# Built in half the time: tiny models run once.
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 BERT = EncoderConfig(
     vocab_size=40,
     hidden_size=32,
@@ -27,7 +30,7 @@ ROBERTA = replace(BERT, padding_id=1, positions_skip_padding=True, pooler=False,
 TOKENS = np.random.default_rng(0).integers(3, 40, (3, 8)).astype(np.int32)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(compiled, static_argnums=0)
 def run(config, params, tokens, mask=None, key=None):
     rngs = None if key is None else {"dropout": key}
     return Encoder(config).apply({"params": params}, tokens, mask, rngs=rngs)
@@ -143,8 +146,8 @@ def test_every_linear_and_table_has_a_low_rank_form(config):
 def test_an_adapter_computes_what_it_merges_to():
     function, params, batch, plan = planned(BERT)
     adapter = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(jax.random.key(1), params, plan))
-    adapted = jax.jit(lora.adapt(function, plan))(params, adapter, *batch)
-    plain = jax.jit(function)
+    adapted = compiled(lora.adapt(function, plan))(params, adapter, *batch)
+    plain = compiled(function)
     merged = plain(lora.merge(params, adapter, plan), *batch)
     np.testing.assert_allclose(adapted, merged, atol=2e-5)
     assert np.abs(adapted - plain(params, *batch)).max() > 1e-3
