@@ -1,11 +1,11 @@
 """Write a run's adapter in the format of another library.
 
-peft       a directory for PEFT; with --for-serving one that vLLM and SGLang take as well
-gguf       llama.cpp: a .gguf file
-mlx        mlx-lm: a directory
-loralib    microsoft/LoRA: .pth, .pt or .bin; as lora_layer and minimind
-kohya      sd-scripts: .safetensors; as diffusers
-torchtune  .safetensors, .pt or .bin
+- peft: a directory for PEFT; with --for-serving one that vLLM and SGLang take as well
+- gguf: a .gguf file for llama.cpp
+- mlx: a directory for mlx-lm
+- loralib: a .pth, .pt or .bin for microsoft/LoRA; likewise lora_layer and minimind
+- kohya: a .safetensors for sd-scripts; likewise diffusers
+- torchtune: a .safetensors, .pt or .bin
 
 What a format can't hold is refused by name; what had to be folded to fit is printed. To fold the
 adapter into the base instead: lora-jax merge.
