@@ -5,15 +5,21 @@ All start from one adapter and see the batches that ``lora-jax train`` would see
 
 import os
 import tempfile
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from interop import hf, peft
-from interop.decoder_sides import token_loss, torch_token_loss
+from interop.decoder_sides import decoder_function, token_loss, torch_logits, torch_token_loss
+from interop.differences import Difference
 from interop.keymaps import Keymap
+from interop.module_comparison import compare
 from interop.peft_layout import Base, adapted_settings
 from interop.side_by_side import (
+    Run,
     TrainingComparison,
     adamw_run,
     compare_runs,
@@ -49,6 +55,13 @@ class Start(NamedTuple):
     adapter: Adapter
     plan: Plan
     keymap: Keymap
+
+
+class Training(NamedTuple):
+    """What to train on, and how."""
+
+    batches: list[Batch]
+    recipe: Recipe
 
 
 def row_batches(
@@ -93,13 +106,47 @@ def train_on_all_sides(
     Raises:
       InputError: the adapter has a form that PEFT or torch_lora lacks.
     """
-    config, params, adapter, plan, keymap = start
-    ours = jax_run(token_loss(config, plan), params, adapter, plan, batches, recipe, keymap=keymap)
     theirs = {
         PEFT: adamw_run(peft_model(start), torch_token_loss, batches, recipe),
         TORCH_LORA: torch_lora_run(torch_lora_model(start), torch_token_loss, batches, recipe),
     }
-    return compare_runs(ours, theirs, our_tensors(adapter, plan, params, keymap))
+    return compare_runs(_our_run(start, batches, recipe), theirs, _tensors(start))
+
+
+def train_beside(start: Start, model: "nn.Module", training: Training) -> TrainingComparison:
+    """Our run beside ``torch.optim.AdamW`` on a torch model with the same adapter, in place."""
+    batches, recipe = training
+    found = compare_runs(
+        _our_run(start, batches, recipe),
+        {PEFT: adamw_run(model, torch_token_loss, batches, recipe)},
+        _tensors(start),
+    )
+    return found[PEFT]
+
+
+def compare_gradients(
+    start: Start, model: "nn.Module", rows: Sequence[Sequence[int]], count: int = 4
+) -> tuple[Difference, ...]:
+    """Gradients of A and B, of the logits of the first rows along a random direction.
+
+    Args:
+      start: the decoder with its adapter.
+      model: the same in torch.
+      rows: token ids; shorter ones are filled up on the right, on both sides.
+      count: how many of them.
+    """
+    width = max(map(len, rows[:count]))
+    tokens = np.array([[*row, *[0] * (width - len(row))] for row in rows[:count]], np.int32)
+    return compare(
+        model,
+        lambda params, tokens: decoder_function(start.config)(params, tokens)[0],
+        start.params,
+        (tokens,),
+        adapter=start.adapter,
+        plan=start.plan,
+        keymap=start.keymap,
+        call=torch_logits,
+    ).gradients
 
 
 def peft_model(start: Start) -> "nn.Module":
@@ -122,5 +169,15 @@ def torch_lora_model(start: Start) -> "nn.Module":
     for rank, scale in dict.fromkeys(settings.values()):
         modules = [name for name, setting in settings.items() if setting == (rank, scale)]
         apply_lora(model, by_name(*modules), rank=rank, alpha=scale * rank)
-    load(model, our_tensors(start.adapter, start.plan, start.params, start.keymap))
+    load(model, _tensors(start))
     return model
+
+
+def _our_run(start: Start, batches: list[Batch], recipe: Recipe) -> Run:
+    config, params, adapter, plan, keymap = start
+    loss_fn = token_loss(config, plan)
+    return jax_run(loss_fn, params, adapter, plan, batches, recipe, keymap=keymap)
+
+
+def _tensors(start: Start) -> dict[str, np.ndarray]:
+    return our_tensors(start.adapter, start.plan, start.params, start.keymap)

@@ -77,7 +77,12 @@ def differences(
 
 def furthest(found: tuple[Difference, ...]) -> Difference:
     """The one that is relatively furthest apart; one that is not a number is further than all."""
-    return max(found, key=lambda each: math.inf if math.isnan(each.relative) else each.relative)
+    return max(found, key=distance)
+
+
+def distance(found: Difference) -> float:
+    """``relative``, to sort by: infinite where it is not a number."""
+    return math.inf if math.isnan(found.relative) else found.relative
 
 
 def _ratio(gap: np.floating, norm: np.floating) -> float:

@@ -1,8 +1,11 @@
 """Does torch with PEFT compute what is computed here? Both sides on the same tokens, in float32.
 
 The base is built again in ``transformers``, the adapter directory is loaded with ``peft``, and
-base and adapted model are compared layer by layer, logit by logit, and in what they answer. How
-far the adapter moves the logits is measured too: two models that both ignore it would agree.
+base and adapted model are compared layer by layer, logit by logit, and in what they answer; if
+asked, gradient by gradient, and update by update of a training side by side. How far the adapter
+moves the logits is measured too: two models that both ignore it would agree.
+
+This is for our decoder; `interop.module_comparison` compares any torch module with any function.
 """
 
 import dataclasses
@@ -20,17 +23,19 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from interop import hf, peft
+from interop.decoder_training import Start, Training, compare_gradients, train_beside
+from interop.differences import Difference, difference
 from interop.equivalence_report import (
     STANDARD,
     Comparison,
     Criteria,
     Flip,
     GreedyAnswer,
-    LayerDifference,
     Report,
 )
 from interop.families import keymap_of
 from interop.keymaps import Keymap, blocks_of
+from interop.side_by_side import TrainingComparison
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
@@ -62,6 +67,8 @@ def verify(
     criteria: Criteria = STANDARD,
     keymap: Keymap | None = None,
     progress: Callable[[str], None] = lambda stage: None,
+    gradients: bool = False,
+    training: Training | None = None,
 ) -> Report:
     """Compare a base and an adapter with the same in ``transformers`` and ``peft``.
 
@@ -77,6 +84,8 @@ def verify(
       criteria: what has to hold.
       keymap: which torch module holds which leaf; by default the one of the model's family.
       progress: called with what is about to be computed.
+      gradients: compare those of A and B too, on the first prompts and answers.
+      training: train on both sides too, from the adapter on.
 
     Raises:
       InputError: the directory doesn't fit the model, or prompts are empty, too long or hold ids
@@ -110,9 +119,25 @@ def verify(
         peft_model, warned = _load_with_peft(torch_model, directory)
         torch_adapted = _torch_side(peft_model, blocks)
         comparison, logits = _compare("adapted model", adapted, torch_adapted, answers, task)
+        start = Start(config, params, adapter, plan, keymap)
+        found = _of_training(start, peft_model, task, gradients, training)
     effect = _max_abs(logits - base_logits)
     positions = sum(map(len, task.rows))
-    return Report(base_comparison, comparison, effect, positions, warned, criteria)
+    return Report(base_comparison, comparison, effect, positions, warned, criteria, *found)
+
+
+def _of_training(
+    start: Start, peft_model: Any, task: "_Task", gradients: bool, training: Training | None
+) -> tuple[tuple[Difference, ...], TrainingComparison | None]:
+    """Gradients and a training side by side, as far as they are asked for."""
+    of_factors = ()
+    if gradients:
+        task.progress("gradients of A and B")
+        of_factors = compare_gradients(start, peft_model, task.rows)
+    if training is None:
+        return of_factors, None
+    task.progress(f"{len(training.batches)} updates on both sides")
+    return of_factors, train_beside(start, peft_model, training)
 
 
 class _Task(NamedTuple):
@@ -215,7 +240,8 @@ def _load_with_peft(torch_model: Any, directory: str | os.PathLike) -> tuple[Any
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(torch_model, os.fspath(directory)).eval()
+        path = os.fspath(directory)
+        model = PeftModel.from_pretrained(torch_model, path, is_trainable=True).eval()
     ours = [w for w in caught if issubclass(w.category, (UserWarning, RuntimeWarning))]
     return model, tuple(str(warning.message) for warning in ours)
 
@@ -245,7 +271,7 @@ def _compare(
     here, there = ours.trace(task.rows), theirs.trace(task.rows)
     differences = np.abs(here.logits - there.logits)
     layers = tuple(
-        _layer_difference(layer, *pair)
+        difference(str(layer), *pair)
         for layer, pair in enumerate(zip(here.hidden, there.hidden, strict=True))
     )
     task.progress(f"{name}: {len(task.prompts)} prompts answered in torch")
@@ -256,16 +282,6 @@ def _compare(
     )
     largest, mean = float(differences.max()), float(differences.mean())
     return Comparison(layers, largest, mean, answers), there.logits
-
-
-def _layer_difference(layer: int, ours: np.ndarray, theirs: np.ndarray) -> LayerDifference:
-    norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
-    return LayerDifference(
-        layer=layer,
-        max_abs=_max_abs(ours - theirs),
-        relative=float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)),
-        cosine=float(np.min(np.sum(ours * theirs, axis=-1) / norms)),
-    )
 
 
 def _max_abs(values: np.ndarray) -> float:

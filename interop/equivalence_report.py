@@ -2,6 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from interop.differences import Difference, furthest
+
+if TYPE_CHECKING:
+    from interop.side_by_side import TrainingComparison
 
 
 @dataclass(frozen=True)
@@ -13,29 +19,21 @@ class Criteria:
       min_effect: least value of the largest |adapted - base| over all logits.
       min_positions: tokens compared, all rows together.
       min_prompts: prompts answered.
+      max_gradient_difference: largest ‖ours - torch's‖ / ‖torch's‖ of the gradient of any A or B.
+      max_loss_difference: largest |ours - torch's| of the loss of any update.
+      max_parameter_difference: as for the gradients, of any A or B after the last update.
     """
 
     max_logit_difference: float = 1e-3
     min_effect: float = 1.0
     min_positions: int = 256
     min_prompts: int = 5
+    max_gradient_difference: float = 1e-3
+    max_loss_difference: float = 1e-5
+    max_parameter_difference: float = 1e-4
 
 
 STANDARD = Criteria()
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """One layer's output, (positions, hidden), ours against torch's.
-
-    ``max_abs`` is the largest |ours - torch's|, ``relative`` is ‖ours - torch's‖ / ‖torch's‖
-    over all positions, ``cosine`` the smallest cosine similarity of any position.
-    """
-
-    layer: int
-    max_abs: float
-    relative: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class GreedyAnswer:
 class Comparison:
     """Ours against torch's, for the base or for the adapted model."""
 
-    layers: tuple[LayerDifference, ...]
+    layers: tuple[Difference, ...]
+    """Outputs (positions, hidden), named by their numbers."""
     max_logit_difference: float
     mean_logit_difference: float
     answers: tuple[GreedyAnswer, ...]
@@ -92,6 +91,10 @@ class Report:
     positions: int
     peft_warnings: tuple[str, ...]
     criteria: Criteria
+    gradients: tuple[Difference, ...] = ()
+    """Of A and B, if asked for."""
+    training: "TrainingComparison | None" = None
+    """Side by side from the adapter on, if asked for."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -118,6 +121,30 @@ def _reasons(report: Report) -> Iterator[str]:
             f"{criteria.min_effect:g}: agreement with torch says little"
         )
     yield from (f"PEFT warned: {message}" for message in report.peft_warnings)
+    yield from _training_reasons(report)
+
+
+def _training_reasons(report: Report) -> Iterator[str]:
+    criteria, training = report.criteria, report.training
+    limit = criteria.max_gradient_difference
+    if apart := [each for each in report.gradients if not each.within(limit)]:
+        worst = furthest(report.gradients)
+        yield (
+            f"{len(apart)} gradients differ from torch's by more than {limit:g}, most of all that "
+            f"of {worst.name} by {worst.relative:.2g}"
+        )
+    if training is None:
+        return
+    if not training.loss_gap <= criteria.max_loss_difference:
+        limit = criteria.max_loss_difference
+        yield f"training: losses differ by up to {training.loss_gap:.2g}, more than {limit:g}"
+    if not training.parameter_gap <= criteria.max_parameter_difference:
+        yield (
+            f"training: {furthest(training.final).name} ends {training.parameter_gap:.2g} apart, "
+            f"more than {criteria.max_parameter_difference:g}"
+        )
+    if not training.moved > 0:
+        yield "training moved nothing: agreement with torch says little"
 
 
 def _comparison_reasons(name: str, comparison: Comparison, criteria: Criteria) -> Iterator[str]:

@@ -96,6 +96,20 @@ def precision_of(run: Path) -> str | None:
     return _of_config(run, "model").get("precision")
 
 
+def data_of(run: Path, data: Path | None) -> Path:
+    """The rows of a run: the file given, or the one that the run was trained on.
+
+    Raises:
+      InputError: no file is given and the directory doesn't say; or it isn't there.
+    """
+    named = data or _of_config(run, "data").get("data")
+    if named is None:
+        raise InputError(f"{run} doesn't say what it was trained on: give --data")
+    if not Path(named).is_file():
+        raise InputError(f"no rows at {named}: give --data")
+    return Path(named)
+
+
 def prompts_of(run: Path) -> tuple[str, ...]:
     """The prompts that a run was sampled with; none where it wasn't."""
     prompts = _config(run).get("prompts")

@@ -11,9 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from interop.equivalence_report import Comparison, GreedyAnswer, LayerDifference, Report
+    from interop.differences import Difference
+    from interop.equivalence_report import Comparison, GreedyAnswer, Report
 
 _WIDTH = 40
+_GRADIENTS = 10
+"""Rows of their table: an adapter has hundreds."""
 
 
 def render(report: Report) -> RenderableType:
@@ -23,6 +26,7 @@ def render(report: Report) -> RenderableType:
         _logits(report),
         _answers(report),
         *_flips(report),
+        *_training(report),
         _verdict(report),
     )
 
@@ -36,11 +40,11 @@ def _layers(report: Report) -> Table:
         "largest |JAX - torch|; ‖JAX - torch‖ / ‖torch‖; smallest cosine of any position"
     )
     for base, adapted in zip(report.base.layers, report.adapted.layers, strict=True):
-        table.add_row(str(base.layer), *_measures(base), *_measures(adapted))
+        table.add_row(base.name, *_measures(base), *_measures(adapted))
     return table
 
 
-def _measures(difference: LayerDifference) -> tuple[str, ...]:
+def _measures(difference: Difference) -> tuple[str, ...]:
     return (
         f"{difference.max_abs:.1e}",
         f"{difference.relative:.1e}",
@@ -100,6 +104,24 @@ def _flip(where: str, answer: GreedyAnswer) -> Text:
     )
 
 
+def _training(report: Report) -> list[RenderableType]:
+    """Gradients and the training side by side, where they were asked for."""
+    from interop.comparison_tables import differences_table, training_table
+    from interop.differences import distance
+
+    limit = report.criteria.max_gradient_difference
+    tables: list[RenderableType] = []
+    if report.gradients:
+        title = f"Gradients of A and B, the furthest of {len(report.gradients)}"
+        furthest = sorted(report.gradients, key=distance)[-_GRADIENTS:]
+        in_order = [each for each in report.gradients if each in furthest]
+        tables.append(differences_table(title, in_order, limit))
+    if report.training:
+        title = "Training side by side, JAX and PEFT with torch's AdamW"
+        tables.append(training_table(title, report.training))
+    return tables
+
+
 def _verdict(report: Report) -> Panel:
     if report.agrees:
         text = (
@@ -107,6 +129,10 @@ def _verdict(report: Report) -> Panel:
             "every logit and every greedy token agrees as closely as was asked for. And the "
             f"adapter matters: it moves logits by up to {report.effect:.1f}."
         )
+        if report.gradients:
+            text += " So do the gradients of A and B."
+        if report.training:
+            text += f" So do {len(report.training.updates)} updates of a training side by side."
         return Panel(Text(text), title="verified", border_style="green")
     reasons = "\n".join(f"• {reason}" for reason in report.reasons)
     text = f"JAX and torch with PEFT were not shown to compute the same function:\n{reasons}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -83,7 +84,33 @@ def test_merge_writes_weights_that_compute_the_adapted_function(trained, tmp_pat
 def test_verify_agrees_with_torch(trained, capsys):
     pytest.importorskip("peft")
     assert main(["verify", str(trained)]) == 0
-    assert "verified" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "verified" in out
+    assert "Training side by side" not in out
+
+
+@pytest.mark.slow
+def test_verify_compares_gradients_and_trains_side_by_side(trained, tmp_path, capsys):
+    picture = tmp_path / "training.png"
+    words = ["--gradients", "--steps", "3", "--plot", str(picture)]
+    assert main(["verify", str(trained), *words]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "So do the gradients of A and B. So do 3 updates of a training side by side." in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+BAD_VERIFYING = {
+    "--data, --plot without --steps": ["--data", "a.jsonl", "--plot", "b.png"],
+    "--steps is -1, expected 0 or more": ["--steps", "-1"],
+    "--batch-size is 0.*--learning-rate is 0.0": ["--batch-size", "0", "--learning-rate", "0"],
+    "no rows at nothing.jsonl: give --data": ["--steps", "2", "--data", "nothing.jsonl"],
+}
+
+
+@pytest.mark.parametrize(("message", "words"), BAD_VERIFYING.items(), ids=BAD_VERIFYING)
+def test_a_training_that_cannot_be_verified_is_refused_at_once(trained, message, words, capsys):
+    assert main(["verify", str(trained), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_verify_fails_on_an_edited_adapter(trained, tmp_path, capsys):

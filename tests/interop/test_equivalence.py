@@ -1,7 +1,9 @@
 """The verifier: it passes a true pair, and says why it does not pass a false one."""
 
 import io
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,11 +12,15 @@ from rich.console import Console
 
 import lora_jax as lora
 from interop import peft, pretrained, torch_io
+from interop.decoder_training import Training, row_batches
 from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
 from interop.keymaps import LLAMA
+from interop.torch_training import Recipe
 from lora_jax.cli.verify_report import render
+from lora_jax.data.chat import ChatFormat
 from lora_jax.manifest import MANIFEST
 
+ROWS = Path(__file__).parents[2] / "examples" / "data" / "identity.jsonl"
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15]]
 CRITERIA = Criteria(max_logit_difference=1e-5, min_effect=1.0, min_positions=50)
 O_B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
@@ -52,9 +58,24 @@ def stages():
 
 
 @pytest.fixture(scope="module")
-def report(model, directory, stages):
+def training(model):
+    special = {f"{role}_token": text for role, text in model.special_tokens.items()}
+    chat = ChatFormat(model.tokenizer, model.chat_template, special)
+    batches = row_batches(chat, model.config.vocab_size, ROWS, steps=3, batch_size=1)
+    return Training(batches, Recipe(lambda count: 1e-3))
+
+
+@pytest.fixture(scope="module")
+def report(model, directory, training, stages):
     return verify(
-        model, directory, PROMPTS, max_new_tokens=8, criteria=CRITERIA, progress=stages.append
+        model,
+        directory,
+        PROMPTS,
+        max_new_tokens=8,
+        criteria=CRITERIA,
+        progress=stages.append,
+        gradients=True,
+        training=training,
     )
 
 
@@ -70,9 +91,36 @@ def test_a_true_pair_is_verified(report):
     assert report.effect > 1
     for comparison in (report.base, report.adapted):
         assert 0 <= comparison.mean_logit_difference <= comparison.max_logit_difference < 1e-5
-        assert [layer.layer for layer in comparison.layers] == [0, 1]
+        assert [layer.name for layer in comparison.layers] == ["0", "1"]
         assert all(layer.relative < 1e-5 and layer.cosine > 0.9999 for layer in comparison.layers)
         assert [answer.agreeing for answer in comparison.answers] == [8] * len(PROMPTS)
+
+
+def test_gradients_and_updates_are_verified(report):
+    assert len(report.gradients) == 2 * 2 * 7
+    assert all(gradient.within(1e-4) for gradient in report.gradients)
+    assert len(report.training.updates) == 3
+    assert report.training.loss_gap < 1e-5
+    assert report.training.parameter_gap < 1e-5
+    assert report.training.moved > 1e-3
+    text = text_of(report)
+    assert "Gradients of A and B, the furthest of 28" in text
+    assert "So do the gradients of A and B. So do 3 updates" in " ".join(text.split())
+
+
+def test_gradients_and_updates_that_are_too_far_apart_are_named(report):
+    limits = ("gradient", "loss", "parameter")
+    strict = replace(CRITERIA, **{f"max_{limit}_difference": -1.0 for limit in limits})
+    still = replace(report.training, moved=0.0)
+    reasons = replace(report, criteria=strict, training=still).reasons
+    found = [
+        r"28 gradients differ .* that of base_model\..*lora_[AB]\.weight by \d",
+        r"training: los",
+    ]
+    found += [r"training: base_model\..*\.weight ends .* apart", "training moved nothing"]
+    assert len(reasons) == len(found)
+    for reason, pattern in zip(reasons, found, strict=True):
+        assert re.match(pattern, reason)
 
 
 def test_the_adapter_changes_what_is_answered(report):
@@ -130,7 +178,7 @@ def test_an_adapter_that_does_nothing_is_not_verified(model, pair, tmp_path):
 
 
 def test_progress_names_every_stage(report, stages):
-    assert len(stages) == len(set(stages)) == 7
+    assert len(stages) == len(set(stages)) == 9
 
 
 def test_ids_outside_the_vocabulary_are_named(model, directory):
