@@ -103,7 +103,7 @@ _LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
     "layer_norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
     "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
     # torch's linear layer of GPT-2, which keeps its weight as we do
-    "conv1d": (("kernel", "weight", (), "linear"), ("bias", "bias", (), "other")),
+    "conv1d": (("kernel", "weight", (), "linear_in_out"), ("bias", "bias", (), "other")),
 }
 
 _LLAMA_MODULES = (
