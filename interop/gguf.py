@@ -1,7 +1,6 @@
 """GGUF models -> decoder config, parameters and tokenizer.
 
-llama.cpp's converter reorders the rows of q and k so that the two coordinates a rotation turns
-are neighbours; reading puts them back into Hugging Face's order, half a head apart.
+Rows of q and k come in llama.cpp's order and are put back into Hugging Face's.
 """
 
 import re
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
-from interop.gguf_file import GgufFile, open_gguf
+from interop.gguf_file import GgufFile, dequantised, open_gguf, require_dequantisable
 from interop.gguf_tokenizer import chat_tokenizer
-from interop.halves import split_halves
+from interop.halves import to_halves
 from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble
 from interop.tokenizer import ChatTokenizer
 from lora_jax.errors import InputError
@@ -115,11 +112,11 @@ def read_config(file: GgufFile, *, dtype: str | None = None) -> DecoderConfig:
 def read_params(file: GgufFile, config: DecoderConfig) -> dict[str, Any]:
     """The parameters of an opened file, in ``config.dtype``."""
     found = {name: TensorInfo(t.shape, np.dtype(np.float32)) for name, t in file.tensors.items()}
-    _require_dequantisable(file)
+    require_dequantisable(file)
 
     def fetch(name: str) -> np.ndarray:
-        values = _dequantise(file, name)
-        return split_halves(values, config.head_dim) if _ROTARY.fullmatch(name) else values
+        values = dequantised(file, name)
+        return to_halves(values, config.head_dim) if _ROTARY.fullmatch(name) else values
 
     try:
         return assemble(found, fetch, LLAMA_GGUF, leaf_shapes(config), dtype=config.dtype)
@@ -175,21 +172,3 @@ def _require_implemented(file: GgufFile, attributes: Mapping[str, Any]) -> None:
     ]
     if lines:
         raise InputError(f"{file.path}: attributes {'; '.join(lines)}")
-
-
-def _require_dequantisable(file: GgufFile) -> None:
-    kinds = sorted({tensor.kind for tensor in file.tensors.values()})
-    if unknown := [kind.name for kind in kinds if not _dequantisable(kind)]:
-        raise InputError(f"{file.path}: tensor types that can't be read: {', '.join(unknown)}")
-
-
-def _dequantisable(kind: GGMLQuantizationType) -> bool:
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _dequantise(file: GgufFile, name: str) -> np.ndarray:
-    return dequantize(file.rows(name), file.tensors[name].kind)

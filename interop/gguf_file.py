@@ -6,6 +6,7 @@ needs for a vocabulary, never trusts a length in the file, and can say how much 
 
 import math
 import mmap
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from gguf.constants import (
     GGMLQuantizationType,
     GGUFValueType,
 )
+from gguf.quants import dequantize
 
 from lora_jax.errors import InputError
 from lora_jax.files import existing_file
@@ -28,6 +30,9 @@ from lora_jax.files import existing_file
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_AXES = 4
+_MAX_NAME = 63
+_MAX_ENTRIES = 50_000  # the largest models have some 2,000
+_NAMED_AT_MOST = 8
 
 
 class GgufTensor(NamedTuple):
@@ -54,7 +59,7 @@ class GgufFile(NamedTuple):
         return raw.reshape(*tensor.shape[:-1], -1)
 
 
-def open_gguf(path: str | Path) -> GgufFile:
+def open_gguf(path: str | os.PathLike) -> GgufFile:
     """Parse the header of a GGUF file (version 2 or 3, little-endian) and map its tensors.
 
     Returns:
@@ -85,6 +90,26 @@ def open_gguf(path: str | Path) -> GgufFile:
     if size < expected:
         raise InputError(f"{path} is cut short: {size} bytes, its tensors end at {expected}")
     return GgufFile(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+
+
+def require_dequantisable(file: GgufFile) -> None:
+    """Raise an InputError that names the types of tensors which `dequantised` can't read."""
+    kinds = sorted({tensor.kind for tensor in file.tensors.values()})
+    if unknown := [kind.name for kind in kinds if not _dequantisable(kind)]:
+        raise InputError(f"{file.path}: tensor types that can't be read: {', '.join(unknown)}")
+
+
+def dequantised(file: GgufFile, name: str) -> np.ndarray:
+    """The values of one tensor, float32; a view of the file where they are stored so."""
+    return dequantize(file.rows(name), file.tensors[name].kind)
+
+
+def _dequantisable(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _CutShortError(Exception):
@@ -158,20 +183,22 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     if (version := _uint32(cursor)) not in _VERSIONS:
         raise ValueError(f"version {version}, expected one of {_VERSIONS} (little-endian)")
     tensor_count, value_count = _uint64(cursor), _uint64(cursor)
+    if max(tensor_count, value_count) > _MAX_ENTRIES:
+        raise ValueError(f"{tensor_count} tensors and {value_count} keys, at most {_MAX_ENTRIES}")
     metadata = _unique([_key_value(cursor) for _ in range(value_count)], "metadata keys")
     located = _unique([_tensor(cursor) for _ in range(tensor_count)], "tensors")
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.offset // alignment) * alignment
-    return metadata, {n: t._replace(offset=start + t.offset) for n, t in located.items()}
+    return metadata, {n: GgufTensor(s, k, start + o, b) for n, (s, k, o, b) in located.items()}
 
 
 def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"repeated {what}: {', '.join(n for n, c in counts.items() if c > 1)}")
+        names = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"repeated {what}: {', '.join(names[:_NAMED_AT_MOST])}")
     return found
 
 
@@ -180,16 +207,24 @@ def _key_value(cursor: _Cursor) -> tuple[str, Any]:
     return key, _VALUES[GGUFValueType(_uint32(cursor))](cursor)
 
 
+# By number of axes: their sizes, the type, the offset.
+_ENTRIES = [struct.Struct(f"<{axes}QIQ") for axes in range(_MAX_AXES + 1)]
+
+
 def _tensor(cursor: _Cursor) -> tuple[str, GgufTensor]:
     """One tensor's entry, its offset still counted from the start of the data."""
     name, axes = _string(cursor), _uint32(cursor)
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor name of {len(name)} characters: {name[:_MAX_NAME]}...")
     if not 1 <= axes <= _MAX_AXES:
         raise ValueError(f"tensor {name} has {axes} axes")
-    shape = tuple(_uint64(cursor) for _ in range(axes))[::-1]
+    layout = _ENTRIES[axes]
+    *sizes, number, offset = layout.unpack(cursor.take(layout.size))
+    shape = tuple(sizes[::-1])
     if 0 in shape:
         raise ValueError(f"tensor {name} is empty: {shape}")
-    kind = GGMLQuantizationType(_uint32(cursor))
-    return name, GgufTensor(shape, kind, _uint64(cursor), _nbytes(name, shape, kind))
+    kind = GGMLQuantizationType(number)
+    return name, GgufTensor(shape, kind, offset, _nbytes(name, shape, kind))
 
 
 def _nbytes(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

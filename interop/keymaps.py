@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lora_jax.errors import InputError
+from interop.copying import copy_into
+from lora_jax.errors import InputError, raise_listed
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -94,6 +95,77 @@ class TensorInfo(NamedTuple):
 
     shape: Shape
     dtype: np.dtype
+
+
+# What the third word of a row of `keymap` means: the order of the axes, and the kind of module.
+_LAYOUTS: dict[str, tuple[tuple[int, ...], Kind]] = {
+    "": ((), "other"),
+    "embedding": ((), "embedding"),
+    "linear": ((1, 0), "linear"),
+    "linear in_out": ((), "linear_in_out"),
+    "conv1d": ((2, 1, 0), "conv"),
+    "conv2d": ((3, 2, 0, 1), "conv"),
+    "conv3d": ((4, 3, 0, 1, 2), "conv"),
+}
+
+
+def keymap(
+    *rows: tuple[str, ...] | Rule,
+    ignored: Iterable[str] = (),
+    copies: Mapping[str, str] | None = None,
+) -> Keymap:
+    """A table for a model of your own, from rows of leaf path, tensor name, and layout.
+
+    =================  ============================  ============================
+    layout             leaf                          tensor
+    =================  ============================  ============================
+    none               any                           the same
+    ``embedding``      (rows, features)              the same
+    ``linear``         (in, out)                     (out, in)
+    ``linear in_out``  (in, out)                     the same, as GPT-2's Conv1D
+    ``conv1d`` to 3d   (\\*kernel, in, out)          (out, in, \\*kernel)
+    =================  ============================  ============================
+
+    ``{i}`` in the tensor's name is the layer, counted along the leaf's first axis, or in its path
+    where each layer is a leaf; ``{e}`` below it is the expert. For anything else give a `Rule`.
+
+    Args:
+      rows: tuples of two or three strings, or rules.
+      ignored: patterns of tensor names that hold no parameters, such as counters.
+      copies: names that may be there and then have to equal another tensor, as of a tied head.
+
+    Raises:
+      InputError: rows that can't be read, all of them named.
+
+    >>> table = keymap(
+    ...     ("embed/embedding", "tok.weight", "embedding"),
+    ...     ("blocks/fc/kernel", "blocks.{i}.fc.weight", "linear"),
+    ...     ("blocks/fc/bias", "blocks.{i}.fc.bias"),
+    ...     copies={"head.weight": "tok.weight"},
+    ... )
+    >>> params = {"embed": {"embedding": np.zeros((9, 4))},
+    ...           "blocks": {"fc": {"kernel": np.ones((2, 4, 6)), "bias": np.ones((2, 6))}}}
+    >>> {name: tensor.shape for name, tensor in to_torch(params, table).items()}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'tok.weight': (9, 4), 'blocks.0.fc.weight': (6, 4), 'blocks.1.fc.weight': (6, 4),
+     'blocks.0.fc.bias': (6,), 'blocks.1.fc.bias': (6,)}
+    """
+    wrong = [repr(row) for row in rows if not (isinstance(row, Rule) or _is_row(row))]
+    raise_listed(
+        f"rows of a keymap are (path, name) or (path, name, one of {[*_LAYOUTS][1:]}), got", wrong
+    )
+    rules = (row if isinstance(row, Rule) else _rule(*row) for row in rows)
+    return Keymap(tuple(rules), tuple(ignored), dict(copies or {}))
+
+
+def _rule(path: str, name: str, layout: str = "") -> Rule:
+    order, kind = _LAYOUTS[layout]
+    return Rule(path, name, order, kind)
+
+
+def _is_row(row: Any) -> bool:
+    words = all(isinstance(word, str) for word in row)
+    return words and len(row) in (2, 3) and (len(row) == 2 or row[2] in _LAYOUTS)
 
 
 # By kind of module: our leaf, torch's parameter, the order of its axes, its kind for adapters.
@@ -211,7 +283,7 @@ def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
         for path, leaf in leaves.items()
         for rule in rules[path]
         for name, tensor in _tensors(rule, np.asarray(leaf))
-        for tensor in [tensor.reshape(_tensor_shape(rule, np.shape(leaf)))]
+        for tensor in [tensor.reshape(tensor_shape(rule, np.shape(leaf)))]
     }
 
 
@@ -266,7 +338,7 @@ def assemble(
         leaf = np.empty(shape, found[first].dtype if dtype is None else np.dtype(dtype))
         for rule in rules[path]:
             for name, target in _tensors(rule, leaf):
-                target[...] = fetch(name).reshape(target.shape)
+                copy_into(target, fetch(name).reshape(target.shape))
         leaves[path] = leaf
     return nest(leaves)
 
@@ -311,6 +383,29 @@ def tensor_name(rule: Rule, index: Index = ()) -> str:
     'h.3.experts.1.w'
     """
     return rule.name.format(**dict(zip(_placeholders(rule.name), index, strict=True)))
+
+
+def tensor_shape(rule: Rule, shape: Shape) -> Shape:
+    """The shape of the rule's tensor, from the leaf's.
+
+    >>> tensor_shape(Rule("w", "h.{i}.w", (1, 0), part=(0, 2)), (3, 4, 6))
+    (3, 4)
+    """
+    inner = shape[rule.stack :]
+    inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
+    return tuple(math.prod(inner[axis] for axis in axes) for axes in rule.axes(len(inner)))
+
+
+def tensor_view(rule: Rule, leaf: np.ndarray, index: Index = ()) -> np.ndarray:
+    """The rule's tensor at one index of the leaf's stack, as a view of the leaf.
+
+    Axes of the leaf that the tensor has as one stay apart: `tensor_shape` is what it has.
+    """
+    (number, count), inner = rule.part, leaf[(*index, ...)]
+    if count > 1:
+        width = inner.shape[-1] // count
+        inner = inner[..., number * width : (number + 1) * width]
+    return inner.transpose(sum(rule.axes(inner.ndim), ()))
 
 
 def indices(rule: Rule, shape: Shape) -> list[Index]:
@@ -363,17 +458,8 @@ def _names(rule: Rule, shape: Shape) -> list[str]:
 
 def _tensors(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
     """Each tensor of the rule, by name, as a view of the leaf; axes that it has as one apart."""
-    number, count = rule.part
-    width = leaf.shape[-1] // count if leaf.ndim else 1
     for index in indices(rule, leaf.shape):
-        inner = leaf[index] if count == 1 else leaf[index][..., number * width :][..., :width]
-        yield tensor_name(rule, index), inner.transpose(sum(rule.axes(inner.ndim), ()))
-
-
-def _tensor_shape(rule: Rule, shape: Shape) -> Shape:
-    inner = shape[rule.stack :]
-    inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
-    return tuple(math.prod(inner[axis] for axis in axes) for axes in rule.axes(len(inner)))
+        yield tensor_name(rule, index), tensor_view(rule, leaf, index)
 
 
 def _require_fit(
@@ -385,7 +471,7 @@ def _require_fit(
     same_dtype: bool,
 ) -> None:
     """Raise one InputError for everything that keeps ``found`` from filling ``wanted``."""
-    shapes = {n: _tensor_shape(rule, shape) for rule, shape in wanted for n in _names(rule, shape)}
+    shapes = {n: tensor_shape(rule, shape) for rule, shape in wanted for n in _names(rule, shape)}
     present = {name: info for name, info in found.items() if name in shapes}
     extra = [n for n in found if n not in shapes and not _ignorable(n, table)]
     copies = {n: table.copies[n] for n in extra if table.copies.get(n) in present}

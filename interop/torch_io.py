@@ -1,20 +1,22 @@
 """Tensor files <-> flat numpy dicts, safely: safetensors, sharded safetensors, torch pickles.
 
-Reading safetensors maps the file into memory and copies nothing.
+Reading safetensors maps the file into memory and copies nothing. Names of tensors are names only:
+none becomes a path. Every file is taken for hostile: what it says of itself is checked against
+its size before anything is made of it.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from lora_jax.errors import InputError
-from lora_jax.files import atomic_file, existing_file, read_json, write_text
+from interop import safetensors_file, torch_pickle
+from lora_jax.errors import InputError, raise_listed
+from lora_jax.files import existing_file, write_text
+from lora_jax.manifest import read_small_json
 
 Tensors = dict[str, np.ndarray]
 
@@ -27,28 +29,13 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-# In the order in which safetensors ranks them; its files hold the highest rank first.
-_DTYPES: dict[str, Any] = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "F32": np.float32,
-    "F64": np.float64,
-    "I64": np.int64,
-    "U64": np.uint64,
+PICKLES = (".bin", ".pth", ".pt")
+_READERS: dict[str, Callable[[Path], Tensors]] = {
+    ".safetensors": safetensors_file.read_tensors,
+    **dict.fromkeys(PICKLES, torch_pickle.read_tensors),
 }
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-
-_OLDEST_SAFE_TORCH = (2, 10)
+_MAX_INDEX_BYTES = safetensors_file.MAX_HEADER_BYTES
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 def read(path: str | os.PathLike) -> Tensors:
@@ -70,6 +57,15 @@ def read(path: str | os.PathLike) -> Tensors:
     if reader is None:
         raise InputError(f"{path}: can't read tensors from this; expected {', '.join(_READERS)}")
     return reader(path)
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings that a safetensors file has in its header beside the tensors.
+
+    Raises:
+      InputError: as `read`.
+    """
+    return safetensors_file.read_metadata(existing_file(path))
 
 
 def read_directory(directory: str | os.PathLike) -> Tensors:
@@ -110,13 +106,16 @@ def write(
     References:
       https://github.com/huggingface/safetensors#format
     """
-    arrays = {name: np.asarray(array) for name, array in tensors.items()}
-    arrays = {name: arrays[name] for name in sorted(arrays, key=lambda n: _file_order(n, arrays))}
-    header = _header(arrays, dict(sorted((metadata or {"format": "pt"}).items())))
-    with atomic_file(path) as file:
-        file.write(header)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    safetensors_file.write_tensors(Path(path), tensors, metadata or {"format": "pt"})
+
+
+def write_pickle(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a torch pickle of a plain dict of tensors, atomically; equal input, equal bytes.
+
+    Raises:
+      InputError: torch is missing, or a place that can't be written.
+    """
+    torch_pickle.write_tensors(Path(path), tensors)
 
 
 def write_directory(
@@ -143,117 +142,39 @@ def write_directory(
     write_text(directory / SAFETENSORS_INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _read_safetensors(path: Path) -> Tensors:
-    size = path.stat().st_size
-    try:
-        # The library checks header, offsets and coverage, so that the mapping below is safe.
-        with safe_open(path, framework="np") as file:
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise InputError(f"{path} {_diagnosis(path, size)}: {error}") from error
-    if not names:
-        return {}
-    entries, start = _read_header(path)
-    mapped = np.memmap(path, mode="r")
-    if unknown := [
-        f"{n} is {entries[n]['dtype']}" for n in names if entries[n]["dtype"] not in _DTYPES
-    ]:
-        raise InputError(f"{path}: dtypes that NumPy doesn't have: {', '.join(unknown)}")
-    return {name: _view(mapped, start, **entries[name]) for name in names}
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's entries, and where the tensor data starts."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, path.stat().st_size))), 8 + length
-
-
-def _view(
-    mapped: np.ndarray, start: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> np.ndarray:
-    begin, end = data_offsets
-    return mapped[start + begin : start + end].view(_DTYPES[dtype]).reshape(shape)
-
-
-def _diagnosis(path: Path, size: int) -> str:
-    """What is wrong with the size of a safetensors file, as far as its header can be read."""
-    try:
-        entries, start = _read_header(path)
-        expected = start + max(e["data_offsets"][1] for n, e in entries.items() if n[0] != "_")
-    except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
-        return f"is not a safetensors file or is cut short ({size} bytes)"
-    if size < expected:
-        return f"is cut short: {size} bytes, its header asks for {expected}"
-    return f"is corrupt ({size} bytes, its header asks for {expected})"
-
-
-def _read_pickle(path: Path) -> Tensors:
-    torch = _safe_torch(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises for a damaged or refused file has no common base
-        reason = str(error).strip().partition("\n")[0]
-        size = path.stat().st_size
-        raise InputError(
-            f"{path} ({size} bytes) holds no tensors that can be read safely: {reason}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} holds {type(loaded).__name__}, expected a dict of tensors")
-    if others := sorted(str(n) for n, t in loaded.items() if not isinstance(t, torch.Tensor)):
-        raise InputError(f"{path}: not tensors: {', '.join(others)}")
-    return {name: _to_numpy(tensor) for name, tensor in loaded.items()}
-
-
-def _safe_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        remedy = "install lora-jax[torch], or convert the file to .safetensors"
-        raise InputError(f"{path} is a torch file and torch is missing: {remedy}") from error
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _OLDEST_SAFE_TORCH:
-        oldest = ".".join(map(str, _OLDEST_SAFE_TORCH))
-        raise InputError(
-            f"{path}: torch {torch.__version__} doesn't read pickles safely: install torch "
-            f">= {oldest}, or convert the file to .safetensors"
-        )
-    return torch
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as numpy; bfloat16, which torch can't hand over, goes through its bits."""
-    import torch
-
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-_READERS: dict[str, Callable[[Path], Tensors]] = {
-    ".safetensors": _read_safetensors,
-    ".bin": _read_pickle,
-    ".pth": _read_pickle,
-    ".pt": _read_pickle,
-}
-
-
 def _read_shards(index: Path) -> Tensors:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index} has no weight_map")
+    weight_map = read_small_json(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+        raise InputError(f"{index} has no weight_map of names")
     names = sorted(set(weight_map.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise InputError(f"{index}: shards outside its directory: {', '.join(outside)}")
-    if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise InputError(f"{index}: missing shards: {', '.join(absent)}")
-    shards = {name: read(index.parent / name) for name in names}
+    raise_listed(
+        f"{index}: shards outside its directory", (n for n in names if not _SHARD_NAME.fullmatch(n))
+    )
+    paths = {name: index.parent / name for name in names}
+    raise_listed(f"{index}: missing shards", (n for n, path in paths.items() if not path.exists()))
+    roots = _shard_roots(index.parent)
+    raise_listed(
+        f"{index}: shards that are links out of its directory",
+        (n for n, path in paths.items() if not any(map(path.resolve().is_relative_to, roots))),
+    )
+    shards = {name: read(path) for name, path in paths.items()}
     found = {(tensor, name) for name, shard in shards.items() for tensor in shard}
-    if disagreement := sorted(found ^ set(weight_map.items())):
-        where = ", ".join(f"{tensor} in {name}" for tensor, name in disagreement)
-        raise InputError(f"{index} and its shards disagree about {where}")
+    raise_listed(
+        f"{index} and its shards disagree about",
+        (f"{tensor} in {name}" for tensor, name in sorted(found ^ set(weight_map.items()))),
+    )
     return {tensor: array for shard in shards.values() for tensor, array in shard.items()}
+
+
+def _shard_roots(directory: Path) -> list[Path]:
+    """Where shards may lie: here, and, for a snapshot in the hub's cache, in the cache's blobs."""
+    directory = directory.resolve()
+    snapshot = directory.parent.name == "snapshots"
+    return [directory, *([directory.parent.parent / "blobs"] if snapshot else [])]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _shards(tensors: Mapping[str, np.ndarray], max_bytes: int | None) -> list[list[str]]:
@@ -266,22 +187,3 @@ def _shards(tensors: Mapping[str, np.ndarray], max_bytes: int | None) -> list[li
         shards[-1].append(name)
         filled += array.nbytes
     return shards
-
-
-def _file_order(name: str, arrays: Tensors) -> tuple[int, str]:
-    """Highest rank first, so wide dtypes come first and every tensor is aligned."""
-    if (dtype := arrays[name].dtype.newbyteorder("=")) not in _NAMES:
-        raise InputError(f"{name} is {dtype}, which safetensors doesn't have; cast it first")
-    return -list(_NAMES).index(dtype), name
-
-
-def _header(arrays: Tensors, metadata: dict[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        dtype = _NAMES[array.dtype.newbyteorder("=")]
-        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (begin, end)}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from interop import torch_io
+from interop.lora_pth import LAYOUTS
 from interop.torch_lora import lora_layers
 from lora_jax.errors import InputError
 from lora_jax.files import atomic_file
@@ -16,31 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class FileFormat(NamedTuple):
-    """How a tutorial's adapter file names and turns A and B."""
-
-    a: str
-    """What follows the layer's name."""
-    b: str
-    in_first: bool
-    """A is stored as (in, rank) and B as (rank, out), for x @ A @ B."""
-    any_scaling: bool
-    """Whether its readers are told alpha; else the file means a scaling of 1."""
-
-
-FORMATS = {
-    "lora_linear": FileFormat(".lora_A", ".lora_B", in_first=False, any_scaling=True),
-    "lora_layer": FileFormat(".lora.lora_A", ".lora.lora_B", in_first=True, any_scaling=True),
-    "minimind": FileFormat(".lora.A.weight", ".lora.B.weight", in_first=False, any_scaling=False),
-}
-"""``lora_linear``: parameters of a LoRALinear, and loralib's; ``lora_layer``: those of a LoRALayer
-within it, input axis first; ``minimind``: two bias-free linears. None of them holds alpha."""
-
-
 def save_adapter(
     model: "nn.Module",
     path: str | os.PathLike,
-    format: str = "lora_linear",
+    format: str = "loralib",
     dtype: "torch.dtype | None" = None,
 ) -> None:
     """Write A and B of every adapted layer, and nothing else, with ``torch.save``.
@@ -48,7 +28,7 @@ def save_adapter(
     Args:
       model: adapted by `apply_lora`; merged or not.
       path: the file; one that exists is replaced.
-      format: a key of `FORMATS`.
+      format: a key of `lora_pth.LAYOUTS`.
       dtype: of the file, such as ``torch.float16`` for MiniMind's; None for the factors' own.
 
     Raises:
@@ -65,7 +45,7 @@ def save_adapter(
         torch.save(state, file)
 
 
-def load_adapter(model: "nn.Module", path: str | os.PathLike, format: str = "lora_linear") -> None:
+def load_adapter(model: "nn.Module", path: str | os.PathLike, format: str = "loralib") -> None:
     """Read what `save_adapter` wrote into a model that was adapted in the same way.
 
     Raises:
@@ -85,11 +65,11 @@ def load_adapter(model: "nn.Module", path: str | os.PathLike, format: str = "lor
 
 def _stored(model: "nn.Module", format: str) -> "dict[str, Tensor]":
     """Every factor under its name in the file, as a view of the parameter turned as the file is."""
-    if format not in FORMATS:
-        raise InputError(f"no adapter format {format!r}: there are {', '.join(FORMATS)}")
-    form, layers = FORMATS[format], lora_layers(model)
+    if format not in LAYOUTS:
+        raise InputError(f"no adapter format {format!r}: there are {', '.join(LAYOUTS)}")
+    form, layers = LAYOUTS[format], lora_layers(model)
     scaled = [f"{n} has {layer.scaling}" for n, layer in layers.items() if layer.scaling != 1]
-    if scaled and not form.any_scaling:
+    if scaled and not form.any_scale:
         raise InputError(
             f"{format} files mean a scaling of 1: {', '.join(scaled)}; adapt with alpha=None"
         )

@@ -1,5 +1,9 @@
 """The one exception that means "your input can't be used as it is"."""
 
+from collections.abc import Iterable
+
+_NAMED_AT_MOST, _LETTERS_AT_MOST = 5, 200
+
 
 class InputError(ValueError):
     """Something the caller passed in can't be used.
@@ -13,3 +17,27 @@ class InputError(ValueError):
     ...
     lora_jax.errors.InputError: rank must be at least 1, got 0: pass LoraConfig(rank=8)
     """
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, however many and long they are: the first five, and the number of more.
+
+    >>> listed("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    names = [*names]
+    more = len(names) - _NAMED_AT_MOST
+    shown = ", ".join(map(_shown, names[:_NAMED_AT_MOST]))
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
+def raise_listed(subject: str, names: Iterable[str]) -> None:
+    """Raise an InputError "subject: names", unless there are no names."""
+    if found := [*names]:
+        raise InputError(f"{subject}: {listed(found)}")
+
+
+def _shown(name: str) -> str:
+    """Cut, and without what would steer a terminal."""
+    name = name[:_LETTERS_AT_MOST]
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

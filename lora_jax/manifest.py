@@ -51,15 +51,15 @@ def _own_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(content).encode()).hexdigest()
 
 
-def read_small_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 1 MiB, from whomever it came.
+def read_small_json(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of bounded size, by default 1 MiB, from whomever it came.
 
     Raises:
       InputError: the file isn't there, is larger, nested too deeply, or holds no object.
     """
     size = existing_file(path).stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise InputError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} it may have")
+    if size > max_bytes:
+        raise InputError(f"{path} has {size} bytes, more than the {max_bytes} it may have")
     return read_json(path)
 
 

@@ -21,11 +21,16 @@ COMMANDS = {
     "generate": Command("generate", "answer prompts, with and without the adapter of a run"),
     "verify": Command("verify", "compare a run with torch + PEFT, layer by layer"),
     "merge": Command("merge", "fold an adapter into its base, as a Hugging Face directory"),
+    "import": Command("import_adapter", "make a PEFT directory of an adapter of any format"),
+    "export": Command("export_adapter", "write an adapter for llama.cpp, mlx-lm, vLLM and others"),
     "inspect data": Command(
         "inspect_data", "show rows as the model reads them, trained tokens marked"
     ),
     "inspect plan": Command("inspect_plan", "show which weights a target pattern adapts, and how"),
     "bench flops": Command("bench_flops", "count the training step's FLOPs beside the theory"),
+    "inspect": Command("inspect_adapter", "show what is in an adapter, whatever its format"),
+    "diff": Command("diff", "compare two adapters of any formats, module by module"),
+    "bench convert": Command("bench_convert", "time state dict <-> parameters beside memcpy"),
     "bench step": Command("bench_step", "time the training step beside torch + PEFT"),
     "bench trace": Command("bench_trace", "time tracing beside LoRA written by hand"),
 }

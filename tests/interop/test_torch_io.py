@@ -268,8 +268,8 @@ def test_a_missing_shard_is_named(sharded):
     ("change", "fault"),
     [
         ({"t0": "../../outside.safetensors"}, r"shards outside its directory: \.\./\.\./outside"),
-        ({"t0": "model-00002-of-00004.safetensors"}, "disagree about t0 in model-00001"),
-        ({"t9": "model-00002-of-00004.safetensors"}, "disagree about t9 in model-00002"),
+        ({"t0": "model-00002-of-00004.safetensors"}, "disagree about: t0 in model-00001"),
+        ({"t9": "model-00002-of-00004.safetensors"}, "disagree about: t9 in model-00002"),
     ],
 )
 def test_an_index_that_lies_is_refused(sharded, change, fault):

@@ -17,6 +17,7 @@ from torch_lora_models import (
 )
 
 import lora_jax as lora
+from interop.lora_pth import LAYOUTS
 from interop.torch_lora import (
     apply_lora,
     by_name,
@@ -25,7 +26,7 @@ from interop.torch_lora import (
     parameter_counts,
     unmerge,
 )
-from interop.torch_lora_files import FORMATS, load_adapter, save_adapter
+from interop.torch_lora_files import load_adapter, save_adapter
 
 
 class MiniMindLoRA(nn.Module):
@@ -75,9 +76,9 @@ def test_the_tutorials_modules_read_and_write_our_files(format, tmp_path):
     assert torch.equal(fresh.up(x), model.up(x))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", LAYOUTS)
 def test_save_and_load_hold_the_adapter_alone(format, tmp_path):
-    alpha = 6 if FORMATS[format].any_scaling else None
+    alpha = 6 if LAYOUTS[format].any_scale else None
     select = by_regex(r".*(q|down)")
     model, names = adapted(Transformer, select, alpha=alpha)
     save_adapter(model, tmp_path / "adapter.pth", format)
@@ -129,7 +130,7 @@ def test_what_files_refuse(tmp_path):
     model, _ = adapted(MLP, by_name("up"))
     with pytest.raises(lora.InputError, match=r"a scaling of 1: up has 1\.5; adapt with"):
         save_adapter(model, tmp_path / "a.pth", "minimind")
-    with pytest.raises(lora.InputError, match="no adapter format 'zip': there are lora_linear"):
+    with pytest.raises(lora.InputError, match="no adapter format 'zip': there are loralib"):
         save_adapter(model, tmp_path / "a.pth", "zip")
     wide = copy.deepcopy(model)
     wide.up.lora_A.data[0, 0] = 1e5

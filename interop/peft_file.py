@@ -1,0 +1,211 @@
+"""A PEFT directory by torch module, without its model: NumPy alone.
+
+Which modules there are and their ranks come from the tensors, scales from the config by PEFT's
+own matching. `interop.peft` reads a directory for a model, and is strict; this is for looking at
+one, so what makes it unusable there is a note here as long as it can be looked at at all.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from interop import torch_io
+from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
+from interop.peft_config import read_config
+from interop.peft_matching import PeftConfig, Setting, adapted_modules
+from lora_jax.errors import InputError, listed, raise_listed
+from lora_jax.manifest import MANIFEST, checked_base, read_small_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PREFIX = "base_model.model."
+_WRAPPED = ".base_layer"
+_FIELDS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "table_a",
+    "lora_embedding_B": "table_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+"""What stands after a module's name, and what it is; PEFT also reads names with the adapter's own
+name, ``default``, in them."""
+_END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
+
+
+class PeftFile(NamedTuple):
+    """A directory as it was found."""
+
+    adapter: FileAdapter
+    config: Mapping[str, Any]
+    """adapter_config.json as it is."""
+    base: Mapping[str, Any]
+    """What the manifest says about the base; empty where there is none."""
+
+
+def read(directory: str | os.PathLike) -> PeftFile:
+    """Read a directory that PEFT or `interop.peft` wrote, to be looked at.
+
+    Raises:
+      InputError: a file that is absent, damaged, or differs from the manifest; a config without
+        usable rank and alpha; factors that don't belong together, all named.
+    """
+    directory = Path(directory)
+    weights = next((name for name in WEIGHTS if (directory / name).is_file()), WEIGHTS[0])
+    listed_files = (directory / MANIFEST).is_file()
+    base = checked_base(directory, (CONFIG, weights)) if listed_files else {}
+    raw = read_small_json(directory / CONFIG)
+    config, problems = _config(directory / CONFIG, raw)
+    fields, whole = _by_module(torch_io.read(directory / weights))
+    raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
+    pairs = {name: found for name, found in fields.items() if "rows" not in found}
+    settings = _settings(config, pairs)
+    experts = bool(raw.get("target_parameters"))
+    modules = {name: _module(found, settings[name], experts) for name, found in pairs.items()}
+    raise_listed(f"{directory}: factors that don't belong together", _misfits(modules))
+    rows = {
+        name: _rows(name, found["rows"], config)
+        for name, found in fields.items()
+        if "rows" in found
+    }
+    notes = (*problems, *_notes(config, modules, settings, experts))
+    tied = config.ensure_weight_tying
+    return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
+
+
+def is_directory_of_peft(path: Path) -> bool:
+    """Whether there is a config that says so; mlx-lm's has the same name and other keys."""
+    config = path / CONFIG
+    return config.is_file() and "peft_type" in read_small_json(config)
+
+
+def _config(path: Path, raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
+    """The config, and why the adapter can't be used as it is, if it can't."""
+    try:
+        return read_config(path), []
+    except InputError as error:
+        config = _least_config(raw)
+        if config is None:
+            raise
+        reason = str(error).removeprefix(f"{path} can't be used: ")
+        return config, [f"it can't be used here: {reason}"]
+
+
+def _least_config(raw: Mapping[str, Any]) -> PeftConfig | None:
+    """What decides ranks and scales, where at least that is usable."""
+    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+    numbers = type(rank) is int and type(alpha) in (int, float)
+    if raw.get("peft_type") != "LORA" or not numbers or rank < 1 or not np.isfinite(alpha):
+        return None
+    return PeftConfig(rank, alpha, [], use_rslora=raw.get("use_rslora") is True)
+
+
+def _by_module(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Each module's tensors by field, and parameters that are stored whole."""
+    fields: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    whole = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(_PREFIX)
+        if match := _END.fullmatch(name.replace(".default", "")):
+            fields[match[1]][_FIELDS[match[2]]] = tensor
+        else:
+            whole[name.replace(f"{_WRAPPED}.", ".")] = tensor
+    return fields, whole
+
+
+def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for name, found in fields.items():
+        if not any(found.keys() >= need for need in ({"a", "b"}, {"table_a", "table_b"}, {"rows"})):
+            yield name
+
+
+def _settings(config: PeftConfig, names: Iterable[str]) -> dict[str, Setting]:
+    """Rank and scale that the config gives each module, whether it is a target or not."""
+    plain = {name: name.replace(_WRAPPED, "") for name in names}
+    by_patterns = PeftConfig(
+        config.r,
+        config.lora_alpha,
+        [*plain.values()],
+        config.use_rslora,
+        config.rank_pattern,
+        config.alpha_pattern,
+    )
+    found = adapted_modules(by_patterns, [*dict.fromkeys(plain.values())])
+    return {name: found[module] for name, module in plain.items()}
+
+
+def _module(found: Mapping[str, np.ndarray], setting: Setting, experts: bool) -> ModuleAdapter:
+    if "table_a" in found:
+        a, b, kind = found["table_a"], found["table_b"], "embedding"
+    else:
+        a, b = found["a"], found["b"]
+        kind = "conv" if a.ndim > 2 else "linear"
+    count = a.shape[0] // setting.rank if a.ndim else 0
+    if (
+        experts
+        and kind == "linear"
+        and count > 1
+        and (a.shape[0] == count * setting.rank and b.shape[1:] == a.shape[:1])
+    ):
+        # A has an expert's rows side by side, B has a rank's columns side by side.
+        a = a.reshape(count, setting.rank, a.shape[1])
+        b = np.moveaxis(b.reshape(b.shape[0], setting.rank, count), -1, 0)
+        kind = "experts"
+    b = b.reshape(b.shape[:2]) if kind == "conv" and b.size == np.prod(b.shape[:2]) else b
+    magnitude = found.get("magnitude")
+    flat = None if magnitude is None else magnitude.reshape(-1)
+    return ModuleAdapter(a, b, setting.scale, kind, flat, found.get("bias"))
+
+
+def _misfits(modules: Mapping[str, ModuleAdapter]) -> Iterator[str]:
+    for name, (a, b, _, kind, *_) in modules.items():
+        dims = {"linear": (2, 2), "embedding": (2, 2), "experts": (3, 3)}.get(kind, (a.ndim, 2))
+        if (a.ndim, b.ndim) != dims or a.shape[kind == "experts"] != b.shape[-1] or 0 in a.shape:
+            yield f"{name} has A {a.shape} and B {b.shape}"
+        elif not (is_floating(a) and is_floating(b)):
+            yield f"{name} has A of {a.dtype} and B of {b.dtype}"
+
+
+def _rows(name: str, rows: np.ndarray, config: PeftConfig) -> RowAdapter:
+    wanted = config.trainable_token_indices or ()
+    if isinstance(wanted, Mapping):
+        wanted = next((tokens for end, tokens in wanted.items() if name.endswith(end)), ())
+    return RowAdapter(tuple(wanted), rows)
+
+
+def _notes(
+    config: PeftConfig,
+    modules: Mapping[str, ModuleAdapter],
+    settings: Mapping[str, Setting],
+    experts: bool,
+) -> Iterator[str]:
+    """What a reader of the adapter should know about how config and tensors go together."""
+    other = [
+        f"{name} has {module.rank}, the config {settings[name].rank}"
+        for name, module in modules.items()
+        if module.rank != settings[name].rank
+    ]
+    if other:
+        yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
+    plain = [name.replace(_WRAPPED, "") for name in modules]
+    targets = adapted_modules(config, plain) if config.target_modules and not experts else plain
+    if extra := [name for name in plain if name not in targets]:
+        yield f"factors of modules that are no targets, which PEFT drops: {listed(extra)}"
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key)]
+    if patterns:
+        yield (
+            f"{' and '.join(patterns)}: vLLM and SGLang take the one rank and alpha instead; "
+            "export --format peft --for-serving folds them in"
+        )
+    if config.use_rslora:
+        yield "use_rslora: the scale is alpha/√rank; servers that don't know it take alpha/rank"

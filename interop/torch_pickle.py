@@ -1,0 +1,130 @@
+"""Torch's own files, read without running what they say.
+
+A ``.pth`` is a pickle, which can name any function to call. torch reads it here with its list of
+harmless ones and never otherwise. Before that the zip archive around it must be as torch writes
+it, uncompressed; after it no tensor may be larger than what the file holds.
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop.dlpack import as_numpy, as_torch
+from lora_jax.errors import InputError, listed, raise_listed
+from lora_jax.files import atomic_file
+
+_OLDEST_SAFE_TORCH = (2, 10)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an existing torch file, sharing memory with what torch loaded.
+
+    Raises:
+      InputError: torch is missing or too old, the file is damaged, or it holds anything but
+        tensors by name.
+    """
+    torch = _safe_torch(path)
+    size = path.stat().st_size
+    if problem := _archive_problem(path, size):
+        raise InputError(f"{path} ({size} bytes) {problem}")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises for a damaged or refused file has no common base
+        raise InputError(
+            f"{path} ({size} bytes) holds no tensors that can be read safely: {_reason(error)}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds {type(loaded).__name__}, expected a dict of tensors")
+    raise_listed(f"{path}: not tensors", (_shown(n) for n, t in loaded.items() if not _named(n, t)))
+    raise_listed(
+        f"{path}: larger than what the file holds of them",
+        (name for name, tensor in loaded.items() if _is_larger_than_stored(tensor)),
+    )
+    arrays = {name: _array_or_problem(tensor) for name, tensor in loaded.items()}
+    odd = (f"{name} ({a})" for name, a in arrays.items() if not isinstance(a, np.ndarray))
+    raise_listed(f"{path}: tensors that NumPy has no form for", odd)
+    return arrays
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the file atomically; each tensor is stored by its values, whatever it shares.
+
+    Raises:
+      InputError: torch is missing, or a place that can't be written.
+    """
+    torch = _safe_torch(path)
+    state = {name: as_torch(np.array(array, order="C")) for name, array in tensors.items()}
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def _safe_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        remedy = "install lora-jax[torch], or convert the file to .safetensors"
+        raise InputError(f"{path} is a torch file and torch is missing: {remedy}") from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _OLDEST_SAFE_TORCH:
+        oldest = ".".join(map(str, _OLDEST_SAFE_TORCH))
+        raise InputError(
+            f"{path}: torch {torch.__version__} doesn't read pickles safely: install torch "
+            f">= {oldest}, or convert the file to .safetensors"
+        )
+    return torch
+
+
+def _archive_problem(path: Path, size: int) -> str | None:
+    """What in a zip archive torch has not written: it would fill the memory when unpacked."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None  # torch's older format, or none of its formats
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # what zipfile raises for a damaged archive has no common base
+        return f"is a damaged archive: {listed([str(error)])}"
+    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        return f"holds compressed entries, which torch doesn't write: {listed(packed)}"
+    unpacked = sum(entry.file_size for entry in entries)
+    return f"unpacks to {unpacked} bytes, more than it has" if unpacked > size else None
+
+
+def _named(name: Any, tensor: Any) -> bool:
+    import torch
+
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor)
+
+
+def _reason(error: Exception) -> str:
+    """torch's, without its advice to run what the file says."""
+    if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it would run {listed(asked.groups())}: ask for its state dict, as .safetensors"
+    if "weights_only" in str(error):
+        return "it is more than a state dict, or damaged"
+    return listed([str(error).strip().partition("\n")[0]])
+
+
+def _array_or_problem(tensor: Any) -> Any:
+    try:
+        return as_numpy(tensor)
+    except InputError as error:
+        return error
+
+
+def _shown(name: Any) -> str:
+    return name if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+def _is_larger_than_stored(tensor: Any) -> bool:
+    """Whether a tensor repeats its memory, as an expanded one does: a file of a few bytes could
+    ask for any size so."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()

@@ -1,0 +1,148 @@
+"""Conversions of a state dict, timed in turns, and the memory that each takes.
+
+Source and target are in memory: the file is in the page cache when it is read, and a write is
+timed up to there; how long the disk takes to have it is a row of its own.
+"""
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.cli.bench_convert import Options
+
+# Of the linear layers of a block: features in and out, those of a decoder of 1.1 billion weights.
+_LINEARS = {
+    "q": (2048, 2048),
+    "k": (2048, 256),
+    "v": (2048, 256),
+    "o": (2048, 2048),
+    "gate": (2048, 5632),
+    "up": (2048, 5632),
+    "down": (5632, 2048),
+}
+_TABLE = (8192, 2048)
+
+
+class Row(NamedTuple):
+    """One measurement: GB of the state dict a second, and bytes held beside source and target."""
+
+    name: str
+    rate: float
+    beyond: int | None
+
+
+class Report(NamedTuple):
+    """All measurements; the first is memcpy's."""
+
+    rows: tuple[Row, ...]
+    gigabytes: float
+    largest: int
+
+
+class Job(NamedTuple):
+    """A conversion, and what of source and target it takes into this process's memory."""
+
+    name: str
+    run: Callable[[], Any]
+    held: int
+
+
+def conversions(options: Options) -> Report:
+    """Time copying, reading and writing of a state dict of ``options``' size."""
+    import ml_dtypes
+
+    from interop import torch_io
+    from interop.keymaps import Keymap, Rule, from_torch, nest, to_torch
+
+    dtype = np.dtype(getattr(ml_dtypes, options.dtype, options.dtype))
+    shapes = _shapes(options.megabytes, dtype.itemsize)
+    linears = (Rule(f"layers/{n}/kernel", f"layers.{{i}}.{n}.weight", (1, 0)) for n in _LINEARS)
+    table = Keymap((*linears, Rule("embed/embedding", "embed.weight")))
+    leaves = _random_leaves(shapes, dtype)
+    tensors = to_torch(nest(leaves), table)
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        file = Path(directory) / "model.safetensors"
+        torch_io.write(file, tensors)
+        jobs = (
+            Job("memcpy into new memory", partial(_copied, leaves), size),
+            Job(
+                "safetensors -> leaves",
+                lambda: from_torch(torch_io.read(file), table, shapes),
+                2 * size,
+            ),
+            Job("leaves -> safetensors", partial(_write_unsynced, file, tensors), 0),
+            Job("same, waiting for the disk", partial(torch_io.write, file, tensors), 0),
+            Job(
+                "write() alone, no conversion",
+                partial(_write_unsynced, file.with_name("plain"), leaves),
+                0,
+            ),
+        )
+        beyond = [_beyond(job) for job in jobs]
+        seconds = _fastest(jobs, options.rounds)
+    rates = [size / 1e9 / each for each in seconds]
+    rows = tuple(map(Row, (job.name for job in jobs), rates, beyond))
+    return Report(rows, size / 1e9, max(tensor.nbytes for tensor in tensors.values()))
+
+
+def _shapes(megabytes: int, itemsize: int) -> dict[str, tuple[int, ...]]:
+    """Of every leaf: as many layers as it takes."""
+    layer = sum(rows * columns for rows, columns in _LINEARS.values())
+    wanted = megabytes * 2**20 // itemsize - _TABLE[0] * _TABLE[1]
+    layers = max(1, -(-wanted // layer))
+    stacked = {f"layers/{name}/kernel": (layers, *shape) for name, shape in _LINEARS.items()}
+    return {"embed/embedding": _TABLE, **stacked}
+
+
+def _random_leaves(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(0).standard_normal(1_000_003, np.float32).astype(dtype)
+    return {path: np.resize(noise, shape) for path, shape in shapes.items()}
+
+
+def _copied(leaves: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [leaf.copy() for leaf in leaves.values()]
+
+
+def _write_unsynced(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """What `torch_io.write` does but for waiting for the disk."""
+    from interop import safetensors_file
+
+    with open(path, "wb") as file:
+        safetensors_file.write_to(file, safetensors_file.in_file_order(tensors), {"format": "pt"})
+
+
+def _fastest(jobs: Sequence[Job], rounds: int) -> list[float]:
+    """Seconds of each job: of all rounds the best, for what else the machine does only adds."""
+    taken = [[_seconds(job.run) for job in jobs] for _ in range(rounds)]
+    return [min(of_job) for of_job in zip(*taken, strict=True)]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _beyond(job: Job) -> int | None:
+    """Peak bytes in memory that are neither source nor target; None where Linux doesn't say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+        before = _status("VmRSS")
+        job.run()
+        return max(0, _status("VmHWM") - before - job.held)
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status, which counts in KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -1,0 +1,50 @@
+"""Write a run's adapter in the format of another library.
+
+peft       a directory for PEFT; with --for-serving one that vLLM and SGLang take as well
+gguf       llama.cpp: a .gguf file
+mlx        mlx-lm: a directory
+loralib    microsoft/LoRA: .pth, .pt or .bin; as lora_layer and minimind
+kohya      sd-scripts: .safetensors; as diffusers
+torchtune  .safetensors, .pt or .bin
+
+What a format can't hold is refused by name; what had to be folded to fit is printed. To fold the
+adapter into the base instead: lora-jax merge.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write, where to, and how."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A run of lora-jax train, a PEFT directory, or an adapter file of any format."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """New file or directory, whichever the format has; the suffix says how a file is written."""
+    format: str = "peft"
+    """Of the result; an unknown one is answered with the list."""
+    model: str | None = None
+    """Base model, if not the one that the source names."""
+    for_serving: bool = False
+    """With peft: one rank and one scale for all layers, without whatever servers don't load."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of A and B; by default float32."""
+    alpha: float | None = None
+    """lora_alpha of training, for sources that hold A and B alone."""
+    rotary: Literal["halves", "neighbours"] = "neighbours"
+    """Which coordinates of q and k torchtune's model turns together."""
+
+
+def run(options: Options) -> int:
+    """Write it; nothing that is there is overwritten."""
+    from lora_jax.cli.adapter_bases import require_absent
+
+    require_absent(options.out)
+    from lora_jax.cli.converting import export_adapter
+
+    return export_adapter(options)
