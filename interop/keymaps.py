@@ -102,7 +102,7 @@ _LAYOUTS: dict[str, tuple[tuple[int, ...], Kind]] = {
     "": ((), "other"),
     "embedding": ((), "embedding"),
     "linear": ((1, 0), "linear"),
-    "linear in_out": ((), "linear"),
+    "linear in_out": ((), "linear_in_out"),
     "conv1d": ((2, 1, 0), "conv"),
     "conv2d": ((3, 2, 0, 1), "conv"),
     "conv3d": ((4, 3, 0, 1, 2), "conv"),
@@ -175,7 +175,7 @@ _LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
     "layer_norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
     "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
     # torch's linear layer of GPT-2, which keeps its weight as we do
-    "conv1d": (("kernel", "weight", (), "linear"), ("bias", "bias", (), "other")),
+    "conv1d": (("kernel", "weight", (), "linear_in_out"), ("bias", "bias", (), "other")),
 }
 
 _LLAMA_MODULES = (

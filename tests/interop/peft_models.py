@@ -7,7 +7,6 @@ Flax's, layers one by one or stacked.
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,7 @@ import transformers
 from jax import lax
 from torch import nn
 
-from interop import hf
-from interop.keymaps import LLAMA, Keymap, Rule, from_torch, llama_shapes
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder, init_params
+from interop.keymaps import Keymap, Rule, from_torch
 
 RNG = np.random.default_rng(0)
 BATCH = 5
@@ -37,6 +33,8 @@ class Kind(NamedTuple):
     shapes: dict[str, tuple[int, ...]] | None
     """Of the leaves by path; as in torch, under torch's names, where there are none."""
     inputs: tuple[np.ndarray, ...]
+    read: Callable[[dict[str, np.ndarray]], Any] | None = None
+    """The parameters from torch's state dict, where shapes don't say it all."""
 
 
 def torch_model(kind: Kind) -> nn.Module:
@@ -51,6 +49,8 @@ def torch_model(kind: Kind) -> nn.Module:
 def params_of(kind: Kind) -> Any:
     """The parameters of the function, from the torch model's."""
     state = {name: tensor.numpy() for name, tensor in torch_model(kind).state_dict().items()}
+    if kind.read is not None:
+        return jax.tree.map(jnp.asarray, kind.read(state))
     if kind.shapes is None:
         own = state.keys() - kind.keymap.copies.keys()
         return {name: jnp.asarray(state[name]) for name in own}
@@ -429,29 +429,6 @@ GPT2_NAMES = Keymap(
 )  # fmt: skip
 TOKENS = RNG.integers(0, 20, (2, 9))
 
-# Llama, as this project has it: every layer of a kind in one leaf.
-
-LLAMA_CONFIG = DecoderConfig(
-    vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=4, tie_embeddings=False,
-)  # fmt: skip
-
-
-def llama(**changes: Any) -> "Kind":
-    config = replace(LLAMA_CONFIG, **changes)
-
-    def function(params, tokens):
-        return Decoder(config).apply({"params": params}, tokens)[0]
-
-    def build():
-        params = init_params(jax.random.key(0), config)
-        # Larger projections, so that attention is not uniform.
-        params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim == 3 else leaf, params)
-        return hf.to_transformers(config, params)
-
-    return Kind(build, function, LLAMA, llama_shapes(config), (TOKENS,))
-
-
 KINDS = {
     "mlp": Kind(mlp, mlp_function, LINEAR_NAMES, None, (normal(BATCH, 12),)),
     "mlp with heads": Kind(mlp, headed_mlp_function, HEADED, HEADED_SHAPES, (normal(BATCH, 12),)),
@@ -502,7 +479,4 @@ KINDS = {
     "GPT-2": Kind(
         lambda: transformers.GPT2LMHeadModel(GPT2), gpt2_function, GPT2_NAMES, None, (TOKENS,)
     ),
-    "Llama": llama(),
-    "tied Llama": llama(tie_embeddings=True),
-    "biased Llama": llama(attention_bias=True),
 }  # fmt: skip

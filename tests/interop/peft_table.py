@@ -14,7 +14,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_models import KINDS, params_of, torch_model, torch_outputs
+from peft_families import FAMILY_KINDS
+from peft_models import KINDS as NETS
+from peft_models import params_of, torch_model, torch_outputs
+
+KINDS = {**NETS, **FAMILY_KINDS}
 
 
 class Case(NamedTuple):
@@ -234,6 +238,54 @@ CASES = {
         target_modules=QKV, use_dora=True, modules_to_save=["lm_head", "model.norm"], bias="all",
         trainable_token_indices=[39], rank_pattern={r"layers\.1.*v_proj": 1},
     )),
+    # Other families, stacked.
+    "stacked GPT-2": Case("stacked GPT-2", dict(target_modules=GPT2_LINEAR, use_rslora=True)),
+    "stacked GPT-2, dora, ranks by layer": Case("stacked GPT-2", dict(
+        target_modules=GPT2_LINEAR, use_dora=True, rank_pattern={r"h\.1\.mlp\.c_proj": 1},
+    )),
+    "stacked GPT-2, a bias on B in one layer": Case("stacked GPT-2", dict(
+        target_modules=["c_attn"], lora_bias=True, layers_to_transform=[1],
+    )),
+    "OPT": Case("OPT", dict(target_modules=["q_proj", "v_proj", "out_proj"])),
+    "OPT, all biases": Case("OPT", dict(target_modules=["fc1", "fc2"], bias="all")),
+    "OPT, tied embedding": Case("OPT", dict(target_modules=["embed_tokens", "fc1"], **TIE)),
+    "OPT, positions and norms saved": Case("OPT", dict(
+        target_modules=["k_proj"], modules_to_save=["embed_positions", "layer_norm"],
+    )),
+    "Qwen3": Case("Qwen3", dict(target_modules="all-linear")),
+    "Qwen3, norms of heads saved": Case("Qwen3", dict(
+        target_modules=["q_proj", "k_proj"], modules_to_save=["q_norm", "k_norm"], use_dora=True,
+    )),
+    "Qwen3, pissa": Case("Qwen3", dict(target_modules=["gate_proj", "o_proj"]), "pissa"),
+    "Gemma 3": Case("Gemma 3", dict(target_modules=QKV, alpha_pattern={r".*\.0\..*": 7})),
+    "Gemma 3, tied and scaled embedding": Case("Gemma 3", dict(
+        target_modules=["embed_tokens", "o_proj"], **TIE,
+    )),
+    "Gemma 3, tokens": Case("Gemma 3", dict(
+        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 1]},
+    )),
+    "Mixtral": Case("Mixtral", dict(target_modules=QKV)),
+    "Mixtral, experts": Case("Mixtral", dict(
+        target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )),
+    "Mixtral, experts, router and attention": Case("Mixtral", dict(
+        target_modules=["q_proj"], rank_pattern={"q_proj": 3},
+        target_parameters=["gate.weight", "experts.down_proj"],
+    )),
+    "Qwen3-MoE, experts beside attention": Case("Qwen3-MoE", dict(
+        target_modules=["o_proj"], target_parameters=["experts.gate_up_proj"], use_rslora=True,
+    )),
+    "BERT": Case("BERT", dict(target_modules=["query", "value"])),
+    "BERT, a classifier trained": Case("BERT", dict(
+        target_modules=["query", "key"], task_type="SEQ_CLS",
+    )),
+    "BERT, every linear layer, dora": Case("BERT", dict(
+        target_modules="all-linear", use_dora=True,
+    )),
+    "BERT, words and a bias on B": Case("BERT", dict(
+        target_modules=["word_embeddings", "pooler.dense"], modules_to_save=["classifier"],
+        bias="lora_only",
+    )),
 }  # fmt: skip
 
 
@@ -247,9 +299,14 @@ def base_params(kind: str) -> Any:
     return params_of(KINDS[kind])
 
 
+def jitted(function: Any) -> Any:
+    """Built in half the time and run in more: small models run once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def compiled(kind: str) -> Any:
-    return jax.jit(KINDS[kind].function)
+    return jitted(KINDS[kind].function)
 
 
 @functools.cache

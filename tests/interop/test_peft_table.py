@@ -13,12 +13,13 @@ import lora_jax as lora
 from interop import peft
 from interop.peft import CONFIG, WEIGHTS
 
-from peft_models import KINDS
 from peft_table import (
     CASES,
+    KINDS,
     Case,
     base_outputs,
     base_params,
+    jitted,
     load_with_peft,
     outputs_by_the_formula,
     outputs_of,
@@ -115,7 +116,7 @@ def test_a_second_way_round_changes_no_bit(imported, tmp_path):
 def assert_beside_the_weights(imported):
     """The low-rank path, which is compiled anew for every case."""
     adapted = lora.adapt(KINDS[imported.case.kind].function, imported.plan)
-    ours = jax.jit(adapted)(imported.params, imported.adapter, *KINDS[imported.case.kind].inputs)
+    ours = jitted(adapted)(imported.params, imported.adapter, *KINDS[imported.case.kind].inputs)
     assert relative(np.asarray(ours), imported.theirs) < TOLERANCE
 
 
