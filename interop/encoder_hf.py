@@ -26,7 +26,7 @@ def read(
     """Config and parameters of a Hugging Face directory with a BERT or a RoBERTa.
 
     A model that fills masks gives its encoder, without a head:
-    `lora_jax.models.encoder.with_classifier` adds a fresh one.
+    `lora_jax.models.classifier.with_classifier` adds a fresh one.
 
     Args:
       directory: holds ``config.json`` and weights, as one file or sharded; safetensors, or

@@ -133,7 +133,7 @@ def _problems(config: DecoderConfig) -> list[str]:
         ),
     }
     found = [problem for problem, holds in checks.items() if holds]
-    experts = _expert_problems(config.experts) if config.experts else []
+    experts = [] if config.experts is None else _expert_problems(config, config.experts)
     return [*found, *_unknown_choices(config), *_layer_problems(config), *experts]
 
 
@@ -149,7 +149,9 @@ def _unknown_choices(config: DecoderConfig) -> Iterable[str]:
             yield f"{name}.{field}={value!r} is none of {', '.join(known)}".lstrip(".")
 
 
-def _expert_problems(form: ExpertsForm) -> Iterable[str]:
+def _expert_problems(config: DecoderConfig, form: ExpertsForm) -> Iterable[str]:
+    if config.mlp != MLPForm(activation=config.mlp.activation):
+        yield f"mlp={config.mlp!r} with experts, which are gated and have no biases"
     for name in ("count", "per_token", "width"):
         if (size := getattr(form, name)) < 1:
             yield f"experts.{name}={size} is below 1"

@@ -14,8 +14,7 @@ The parameters are a plain dict; the leaves under ``layers`` are stacked, one ro
     classifier/{dense,out_proj}/{kernel,bias}                    head "dense"
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +33,6 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "init_encoder",
-    "with_classifier",
 ]
 
 _normal = nn.initializers.normal(0.02)
@@ -251,39 +249,6 @@ def token_positions(config: EncoderConfig, tokens: Array) -> Array:
 def init_encoder(key: Array, config: EncoderConfig) -> dict:
     """Random float32 parameters: normal with deviation 0.02, zero biases, unit scales."""
     return dict(Encoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-
-
-def with_classifier(
-    key: Array, config: EncoderConfig, params: Mapping[str, Any], labels: Sequence[str]
-) -> tuple[EncoderConfig, dict]:
-    """An encoder without a head, given a fresh one for these labels: where fine-tuning starts.
-
-    Args:
-        key: decides the head's first values, normal with deviation 0.02.
-        config: an encoder; its own head, if it has one, is left out.
-        params: its parameters.
-        labels: names of the classes.
-
-    Returns:
-        The new config and a new tree; what ``params`` has of it is taken from there, and a pooler
-        that it lacks is fresh too.
-    """
-    head = "dense" if config.positions_skip_padding else "pooled"
-    pooler = head == "pooled"
-    config = replace(config, head=head, labels=tuple(labels), pooler=pooler)
-    shapes = jax.eval_shape(partial(init_encoder, config=config), key)
-    kept = {name: params[name] for name in shapes if name in params and name != "classifier"}
-    missing = {name: part for name, part in shapes.items() if name not in kept}
-    return config, kept | _fresh(key, missing)
-
-
-def _fresh(key: Array, shapes: Any) -> dict:
-    """Random kernels and zero biases of these shapes."""
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    draw = {1: nn.initializers.zeros, 2: _normal}
-    made = [draw[len(x.shape)](k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, made)
 
 
 def _bias(tokens: Array, mask: Array | None) -> Array:

@@ -172,8 +172,8 @@ PRODUCTS = {"scan": one_after_another, "ragged": sorted_by_expert}
 def switch_loss(routing: Routing, mask: Array | None = None) -> Array:
     """E · Σ over experts of (share of tokens sent there) · (mean probability): Switch's balance.
 
-    Smallest, ``per_token``, where both are uniform. The tokens of all layers count as one set, as
-    in Hugging Face's models; ``jax.vmap(switch_loss)(routing).sum()`` takes each layer by itself.
+    It is ``per_token`` where both are uniform. The tokens of all layers count as one set, as in
+    Hugging Face's models; ``jax.vmap(switch_loss)(routing).sum()`` takes each layer by itself.
 
     Args:
         routing: with any axes before the last.

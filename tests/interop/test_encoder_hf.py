@@ -16,7 +16,8 @@ from interop.keymaps import flatten, to_torch
 from interop.torch_io import read_directory
 from interop.torch_io import write as write_tensors
 from lora_jax.errors import InputError
-from lora_jax.models.encoder import Encoder, with_classifier
+from lora_jax.models.classifier import with_classifier
+from lora_jax.models.encoder import Encoder
 
 from family_cases import compiled
 from small_encoders import CASES, COMMON, padded_batch, torch_encoder, torch_outputs

@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 import lora_jax as lora
 from lora_jax.errors import InputError
 from lora_jax.models.experts import ExpertsForm, RoutedMLP, Routing, sequence_loss, switch_loss
+from lora_jax.models.forms import MLPForm
 from lora_jax.models.presets import TINY
 
 # Built in half the time: tiny models run once.
@@ -276,6 +277,12 @@ IMPOSSIBLE = {
 def test_impossible_forms_are_named(field, fault):
     with pytest.raises(InputError, match=fault[1]):
         replace(TINY, experts=replace(FORM, **{field: fault[0]}))
+
+
+def test_experts_have_no_other_form():
+    with pytest.raises(InputError, match=r"mlp=MLPForm.*bias=True.* with experts, which are gated"):
+        replace(TINY, experts=FORM, mlp=MLPForm(activation="relu", bias=True))
+    replace(TINY, experts=FORM, mlp=MLPForm(activation="relu"))
 
 
 def test_an_unknown_way_of_computing_is_named():
