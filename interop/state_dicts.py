@@ -28,14 +28,15 @@ def to_torch(params: Any, table: Keymap) -> dict[str, Any]:
 
     Args:
       params: any pytree of arrays: nested dicts, Flax NNX state, an Equinox module.
-      table: `interop.keymaps.keymap`, or a family's.
+      table: `interop.keymap_rows.keymap`, or a family's.
 
     Raises:
       InputError: leaves that the table has no rule for.
 
     >>> import torch
-    >>> table = keymaps.keymap(("first/kernel", "0.weight", "linear"), ("first/bias", "0.bias"),
-    ...                        ("second/kernel", "2.weight", "linear"), ("second/bias", "2.bias"))
+    >>> from interop.keymap_rows import keymap
+    >>> table = keymap(("first/kernel", "0.weight", "linear"), ("first/bias", "0.bias"),
+    ...                ("second/kernel", "2.weight", "linear"), ("second/bias", "2.bias"))
     >>> module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
     >>> shapes = {"first": {"kernel": np.zeros((4, 6)), "bias": np.zeros(6)},
     ...           "second": {"kernel": np.zeros((6, 3)), "bias": np.zeros(3)}}

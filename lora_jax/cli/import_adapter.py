@@ -1,8 +1,8 @@
 """Make a PEFT directory of an adapter of any format, checked against its base.
 
 Formats: loralib, lora_layer (tutorials' A and B), minimind, kohya, diffusers, mlx, torchtune,
-gguf of llama.cpp, and PEFT itself. The result is what lora-jax train writes: generate, verify and merge
-take it with --model.
+gguf of llama.cpp, and PEFT itself. The result is what lora-jax train writes: generate, verify and
+merge take it with --model.
 """
 
 from dataclasses import dataclass

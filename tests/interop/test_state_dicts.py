@@ -9,7 +9,8 @@ import torch
 from flax import linen, nnx
 
 from interop.dlpack import as_jax, as_numpy, as_torch
-from interop.keymaps import Rule, keymap
+from interop.keymap_rows import keymap
+from interop.keymaps import Rule
 from interop.state_dicts import from_torch, to_torch
 from lora_jax.errors import InputError
 
