@@ -41,6 +41,12 @@ def decoder_function(
     return jax_fn
 
 
+def logits_function(config: DecoderConfig) -> Callable[[Any, Any], jax.Array]:
+    """``jax_fn(params, tokens)``: logits alone."""
+    decoder = Decoder(config)
+    return lambda params, tokens: decoder.apply({"params": params}, tokens)[0]
+
+
 def logits_of_batch(config: DecoderConfig) -> Callable[[Any, Any], jax.Array]:
     """``model_fn(params, batch)``: logits at the positions whose next token is trained."""
     decoder = Decoder(config)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from interop import hf, peft
-from interop.decoder_sides import decoder_function, token_loss, torch_logits, torch_token_loss
-from interop.differences import Difference
+from interop.decoder_sides import logits_function, token_loss, torch_logits, torch_token_loss
+from interop.differences import Difference, differences
 from interop.keymaps import Keymap
-from interop.module_comparison import compare
+from interop.module_comparison import our_gradients, random_direction, torch_side
 from interop.peft_layout import Base, adapted_settings
 from interop.side_by_side import (
     Run,
@@ -137,16 +137,12 @@ def compare_gradients(
     """
     width = max(map(len, rows[:count]))
     tokens = np.array([[*row, *[0] * (width - len(row))] for row in rows[:count]], np.int32)
-    return compare(
-        model,
-        lambda params, tokens: decoder_function(start.config)(params, tokens)[0],
-        start.params,
-        (tokens,),
-        adapter=start.adapter,
-        plan=start.plan,
-        keymap=start.keymap,
-        call=torch_logits,
-    ).gradients
+    config, params, adapter, plan, keymap = start
+    logits = logits_function(config)
+    direction = random_direction((*tokens.shape, config.vocab_size))
+    ours = our_gradients(logits, plan, (params, adapter), (tokens,), direction)
+    theirs = torch_side(model, (tokens,), (), direction, call=torch_logits)
+    return differences(our_tensors(ours, plan, params, keymap), theirs.gradients)
 
 
 def peft_model(start: Start) -> "nn.Module":

@@ -124,15 +124,15 @@ def _training(report: Report) -> list[RenderableType]:
 
 def _verdict(report: Report) -> Panel:
     if report.agrees:
+        more = ", and so do the gradients of A and B" if report.gradients else ""
+        if report.training:
+            updates = len(report.training.updates)
+            more += f", and so do {updates} updates of a training side by side"
         text = (
             "JAX and torch with PEFT compute the same function, with and without the adapter: "
-            "every logit and every greedy token agrees as closely as was asked for. And the "
+            f"every logit and every greedy token agrees as closely as was asked for{more}. And the "
             f"adapter matters: it moves logits by up to {report.effect:.1f}."
         )
-        if report.gradients:
-            text += " So do the gradients of A and B."
-        if report.training:
-            text += f" So do {len(report.training.updates)} updates of a training side by side."
         return Panel(Text(text), title="verified", border_style="green")
     reasons = "\n".join(f"• {reason}" for reason in report.reasons)
     text = f"JAX and torch with PEFT were not shown to compute the same function:\n{reasons}"

@@ -94,8 +94,8 @@ def test_verify_compares_gradients_and_trains_side_by_side(trained, tmp_path, ca
     picture = tmp_path / "training.png"
     words = ["--gradients", "--steps", "3", "--plot", str(picture)]
     assert main(["verify", str(trained), *words]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "So do the gradients of A and B. So do 3 updates of a training side by side." in out
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "and so do the gradients of A and B, and so do 3 updates of a training" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
