@@ -119,7 +119,7 @@ def site_problems(adapter: Adapter, plan: Plan, tree: Tree, *, known: bool) -> I
 
 def _module_misfits(name: str, module: ModuleAdapter, tree: Tree) -> Iterator[str]:
     rule = tree.spots[f"{name}.weight"].rule
-    if module.kind != rule.kind:
+    if module.kind != rule.kind.removesuffix("_in_out"):
         yield f"module {name!r} is {module.kind} in the file and {rule.kind} in the model"
         return
     inputs, outputs = factor_shapes(rule, tree.leaves[rule.path].shape)
