@@ -107,7 +107,7 @@ def _sizes(**defaults: Any) -> tuple[Attribute, ...]:
 
 
 def _layers(name: str, default: Any = REQUIRED) -> Attribute:
-    return Attribute(name, "num_layers", default=default, most=MOST_LAYERS)
+    return Attribute(name, "num_layers", default=default, above=0, most=MOST_LAYERS)
 
 
 def _head_dim(found: Found) -> int:

@@ -75,14 +75,15 @@ class _Type(NamedTuple):
     settings: tuple[Attribute, ...]
 
 
-_FACTOR = Attribute("factor", "factor", NUMBER, REQUIRED, above=0)
+_LEAST_FACTOR = 1e-3  # below, float32 frequencies would overflow
+_FACTOR = Attribute("factor", "factor", NUMBER, REQUIRED, above=_LEAST_FACTOR)
 _CONTEXT = Attribute(
     _ORIGINAL, "original_max_positions", default=lambda found: found["longest"], above=1
 )
 
 
 def _factors(name: str) -> Attribute:
-    return Attribute(name, name, (list,), REQUIRED, items=NUMBER, above=0)
+    return Attribute(name, name, (list,), REQUIRED, items=NUMBER, above=_LEAST_FACTOR)
 
 
 _AMPLITUDE = Attribute("attention_factor", "attention_factor", NUMBER)
@@ -135,17 +136,24 @@ def rope_faults(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> li
     if scheme.local_theta and not _one_group_a_type(given):
         expected = f"expected a group for each of {', '.join(LAYER_TYPES)}"
         return [f"rope_parameters={given['rope_parameters']!r} ({expected})"]
-    groups, thetas = _groups(scheme, given, layers), _thetas(scheme, given, layers)
+    groups = _groups(scheme, given, layers)
     found = [
         f"{name}={given[name]!r} ({', '.join(wrong)})"
         for name, group in groups.items()
         if (wrong := _group_faults(group, scheme))
     ]
+    return found or _contradictions(scheme, given, layers)
+
+
+def _contradictions(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> list[str]:
+    """What each place says well, and all together don't."""
+    groups, thetas = _groups(scheme, given, layers), _thetas(scheme, given, layers)
     parts = {place[_PART] for place in _places(groups, given) if _PART in place}
+    said = [_settings(group, scheme) for group in groups.values()]
+    found = []
     if (given.get(_PART, 1.0) != 1 and not scheme.partial) or len(parts) > 1:
         found.append(f"{_PART} is {' and '.join(map(str, sorted(parts)))} (known: 1.0)")
-    said = [_settings(group, scheme) for group in groups.values()]
-    if not found and said[1:] and said[0] != said[1]:
+    if said[1:] and said[0] != said[1]:
         found += [f"{name}={given[name]!r} (they differ)" for name in groups]
     if len(thetas) > 1:
         found.append(f"rope_theta is {' and '.join(map(str, sorted(thetas)))}")
