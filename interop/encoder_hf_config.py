@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.hf_attributes import ACTIVATIONS, NUMBER, REQUIRED, Attribute, faults, resolved
+from interop.hf_attributes import (
+    ACTIVATIONS,
+    MOST_LAYERS,
+    NUMBER,
+    REQUIRED,
+    Attribute,
+    faults,
+    resolved,
+)
 from interop.hf_config import DTYPES, HARMLESS
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
@@ -62,11 +70,13 @@ ENCODERS = {
     ),
 }
 
+_MOST_LABELS = 2**20
+"""A file that names more is damaged; one name is made for each."""
 _ATTRIBUTES = (
     Attribute("vocab_size", "vocab_size", default=REQUIRED),
     Attribute("hidden_size", "hidden_size", default=REQUIRED),
     Attribute("intermediate_size", "intermediate_size", default=REQUIRED),
-    Attribute("num_hidden_layers", "num_layers", default=REQUIRED),
+    Attribute("num_hidden_layers", "num_layers", default=REQUIRED, most=MOST_LAYERS),
     Attribute("num_attention_heads", "num_heads", default=REQUIRED),
     Attribute("max_position_embeddings", "max_positions", default=512),
     Attribute("type_vocab_size", "type_vocab_size", default=2),
@@ -85,7 +95,7 @@ _ATTRIBUTES = (
 _CONTEXT = (
     Attribute("model_type", None, (str,), REQUIRED, {name: name for name in ENCODERS}),
     Attribute("pad_token_id"),
-    Attribute("num_labels"),
+    Attribute("num_labels", above=0, most=_MOST_LABELS),
     Attribute("id2label", None, (dict,)),
     *(Attribute(name, None, (str,)) for name in DTYPES),
 )

@@ -1,6 +1,7 @@
 """BERT and RoBERTa against transformers: directories, weights, hidden states, logits, configs."""
 
 import json
+import math
 from functools import partial
 
 import jax
@@ -165,10 +166,35 @@ def test_what_is_not_given_has_the_value_of_transformers(tmp_path):
     assert config_of(tmp_path, written) == config
 
 
-def test_attributes_of_released_files_are_known(tmp_path):
-    released = {"gradient_checkpointing": False, "position_embedding_type": "absolute"}
-    released |= {"directionality": "bidi", "pooler_type": "first_token_transform"}
-    assert config_of(tmp_path, BASE | released) == config_of(tmp_path, BASE)
+# Attributes as published, and how many parameters the body and its pooler have.
+PUBLISHED = {
+    "google-bert/bert-base-uncased": (
+        {"architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1,
+         "gradient_checkpointing": False, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+         "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+         "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+         "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+         "position_embedding_type": "absolute", "transformers_version": "4.6.0.dev0",
+         "type_vocab_size": 2, "use_cache": True, "vocab_size": 30_522},
+        109_482_240,
+    ),
+    "FacebookAI/roberta-base": (
+        {"architectures": ["RobertaForMaskedLM"], "attention_probs_dropout_prob": 0.1,
+         "bos_token_id": 0, "eos_token_id": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+         "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+         "layer_norm_eps": 1e-05, "max_position_embeddings": 514, "model_type": "roberta",
+         "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1,
+         "type_vocab_size": 1, "vocab_size": 50_265},
+        124_645_632,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attributes", "parameters"), PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_a_published_config_is_understood(tmp_path, attributes, parameters):
+    config = config_of(tmp_path, attributes)
+    assert sum(math.prod(shape) for shape in encoder_shapes(config).values()) == parameters
+    assert config.longest_row == 512
 
 
 REFUSED = {
@@ -183,6 +209,11 @@ REFUSED = {
     "pruned": {"pruned_heads": {"0": [1]}},
     "text for a number": {"hidden_size": "64"},
     "labels that skip": {"id2label": {"0": "a", "2": "b"}},
+    "a billion labels": {"num_labels": 10**9},
+    "no labels": {"num_labels": 0},
+    "a billion layers": {"num_hidden_layers": 10**9},
+    "no number": {"layer_norm_eps": float("inf")},
+    "no name": {"model_type": ["bert"]},
 }
 
 

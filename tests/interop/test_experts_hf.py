@@ -3,11 +3,9 @@
 What they compute is held to transformers by `test_families`.
 """
 
-import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -162,7 +160,7 @@ def test_more_experts_for_a_token_than_there_are():
 
 
 MINIMIND_FIRST = {"model_type": "minimind", "dim": 512, "n_layers": 2, "use_moe": True}
-MINIMIND = {"model_type": "minimind", "use_moe": True, "hidden_size": 768, "num_hidden_layers": 8}
+MINIMIND = {"model_type": "minimind", "use_moe": True}
 
 
 def test_the_first_minimind_with_experts_has_its_names_and_counts():
@@ -231,8 +229,6 @@ def params_with(config):
 
 @pytest.mark.parametrize("renormalised", [True, False])
 def test_the_current_minimind_with_experts_is_a_qwen3_moe(renormalised):
-    big = from_attributes(MINIMIND)
-    assert sum(int(np.prod(s)) for s in leaf_shapes(big).values()) == 198_416_640
     config = from_attributes({**MINIMIND, **SMALL, "norm_topk_prob": renormalised})
     assert config.experts.per_token == 1
     assert from_attributes(to_attributes(config, dtype="float32")) == config
@@ -245,47 +241,3 @@ def test_the_current_minimind_with_experts_is_a_qwen3_moe(renormalised):
     close(ours[1], logits)
     names = to_torch(params, keymap_of(config))
     assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
-
-
-def test_an_old_config_of_a_release_is_read(tmp_path):
-    """Qwen3-30B-A3B's attributes, as transformers 4.51 wrote them."""
-    attributes = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "decoder_sparse_step": 1,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 48,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_moe",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "output_router_logits": False,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(attributes))
-    config = hf.read_config(tmp_path)
-    assert sum(int(np.prod(s)) for s in leaf_shapes(config).values()) == 30_532_122_624
-    assert jnp.dtype(config.dtype) == jnp.bfloat16

@@ -155,6 +155,31 @@ PUBLISHED = {
          "norm_topk_prob": True},
         8_915_456,
     ),
+    "mistralai/Mixtral-8x7B-v0.1": (
+        {"model_type": "mixtral", **sizes(32_000, 4096, 14_336, 32, 32, 8, 32_768), **IDS, **MADE,
+         "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+         "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False,
+         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02,
+         "sliding_window": None, "tie_word_embeddings": False},
+        46_702_792_704,
+    ),
+    "Qwen/Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", **sizes(151_936, 2048, 6144, 48, 32, 4, 40_960), **IDS, **MADE,
+         "architectures": ["Qwen3MoeForCausalLM"], **NO, **NULL, "decoder_sparse_step": 1,
+         "head_dim": 128, "hidden_act": "silu", "max_window_layers": 48, "mlp_only_layers": [],
+         "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128,
+         "num_experts_per_tok": 8, "output_router_logits": False, "rms_norm_eps": 1e-6,
+         "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "sliding_window": None,
+         "use_sliding_window": False, "tie_word_embeddings": False},
+        30_532_122_624,
+    ),
+    "minimind-3-moe": (
+        {"model_type": "minimind", "use_moe": True, "hidden_size": 768, "num_hidden_layers": 8,
+         "dropout": 0.0, "vocab_size": 6400, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "flash_attn": True, "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True,
+         "moe_intermediate_size": 2432, "router_aux_loss_coef": 5e-4, "rope_theta": 1e6, **NULL},
+        198_416_640,
+    ),
 }  # fmt: skip
 
 
