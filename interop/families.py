@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from interop.family_keymaps import GPT2, MINIMIND_FIRST, OPT, RELATIVES_OF_LLAMA
-from interop.hf_attributes import ACTIVATIONS, NUMBER, REQUIRED, Attribute
+from interop.hf_attributes import ACTIVATIONS, MOST_LAYERS, NUMBER, REQUIRED, Attribute
 from interop.hf_layers import LayerScheme, alternating, always, late, never, unrotated
 from interop.hf_rope import RopeScheme
 from interop.keymaps import LLAMA, Keymap
@@ -80,10 +80,16 @@ def _sizes(**defaults: Any) -> tuple[Attribute, ...]:
         "num_key_value_heads": lambda found: found["num_attention_heads"],
         "head_dim": _head_dim,
     }
+    found = {**dict.fromkeys(names, REQUIRED), **derived, **defaults}
+    layers = _layers("num_hidden_layers", found.pop("num_hidden_layers"))
     return tuple(
-        Attribute(name, field, default=({**derived, **defaults}).get(name, REQUIRED))
+        Attribute(name, field, default=found[name]) if name in found else layers
         for name, field in names.items()
     )
+
+
+def _layers(name: str, default: Any = REQUIRED) -> Attribute:
+    return Attribute(name, "num_layers", default=default, most=MOST_LAYERS)
 
 
 def _head_dim(found: Found) -> int:
@@ -121,6 +127,7 @@ _LLAMA = Family(
         "rope_interleaved": (False,),
         "is_llama_config": (True,),
     },
+    harmless=frozenset(("max_sequence_length",)),  # of Llama 1
 )
 
 _MISTRAL = Family(
@@ -145,7 +152,7 @@ _QWEN2 = Family(
     ),
     late(RopeScheme(), window=4096, first=28),
     form={"attention.bias": True, "attention.out_bias": False},
-    fixed=_NO_DROPOUT,
+    fixed={**_NO_DROPOUT, "use_mrope": (False,)},
 )
 
 _QWEN3 = Family(
@@ -173,15 +180,17 @@ _SMOLLM3 = Family(
         _BIASED_MLP,
     ),
     unrotated(RopeScheme(2_000_000.0), period=4),
-    fixed={**_NO_DROPOUT, "pretraining_tp": (1,), "max_window_layers": (0, 28)},
+    fixed=_NO_DROPOUT,
+    harmless=frozenset(("pretraining_tp", "max_window_layers")),
 )
 
 _GEMMA_FORM = {"norm.kind": "rms_plus_one", "scale_embeddings": True}
 _GEMMA_CAPS = (
-    Attribute("query_pre_attn_scalar", "attention.query_scalar", NUMBER, 256),
-    Attribute("final_logit_softcapping", "logit_softcap", NUMBER, 30.0, nullable=True),
-    Attribute("attn_logit_softcapping", "attention.softcap", NUMBER, 50.0, nullable=True),
+    Attribute("query_pre_attn_scalar", "attention.query_scalar", NUMBER, 256, above=0),
+    Attribute("final_logit_softcapping", "logit_softcap", NUMBER, 30.0, nullable=True, above=0),
+    Attribute("attn_logit_softcapping", "attention.softcap", NUMBER, 50.0, nullable=True, above=0),
 )
+_GEMMA_LATER: dict[str, Known] = {**_CAUSAL, "hidden_act": ("gelu_pytorch_tanh",)}
 _GEMMA_HARMLESS = frozenset(("cache_implementation",))
 
 _GEMMA = Family(
@@ -214,7 +223,11 @@ _GEMMA2 = Family(
     ),
     alternating(RopeScheme(), window=4096, period=2),
     form={**_GEMMA_FORM, "norm.after": True},
-    fixed={**_CAUSAL, "hidden_act": ("gelu_pytorch_tanh",)},
+    fixed={
+        **_GEMMA_LATER,
+        "sliding_window_pattern": (2,),
+        "sliding_window_size": lambda given: (given.get("sliding_window", 4096),),
+    },
     harmless=_GEMMA_HARMLESS,
 )
 
@@ -229,9 +242,11 @@ _GEMMA3 = _GEMMA2._replace(
         _GEMMA_CAPS[0],
         _GEMMA_CAPS[1]._replace(default=None),
     ),
-    layers=alternating(RopeScheme(1_000_000.0, local_theta=10_000.0), window=4096, period=6),
+    layers=alternating(
+        RopeScheme(1_000_000.0, local_theta=10_000.0), window=4096, period=6, said=True
+    ),
     form={**_GEMMA_FORM, "norm.after": True, "norm.heads": True},
-    fixed={**_GEMMA2.fixed, "attn_logit_softcapping": (None,)},
+    fixed={**_GEMMA_LATER, "attn_logit_softcapping": (None,)},
     harmless=_GEMMA_HARMLESS | {"_sliding_window_pattern"},
 )
 
@@ -266,7 +281,7 @@ _GPT2 = Family(
     (
         Attribute("vocab_size", "vocab_size", default=REQUIRED),
         Attribute("n_embd", "hidden_size", default=REQUIRED),
-        Attribute("n_layer", "num_layers", default=REQUIRED),
+        _layers("n_layer"),
         Attribute("n_head", "num_heads", default=REQUIRED),
         Attribute("n_inner", "intermediate_size", default=lambda found: 4 * found["n_embd"]),
         Attribute("n_positions", "max_positions", default=1024),
@@ -316,7 +331,7 @@ _OPT = Family(
         Attribute("vocab_size", "vocab_size", default=REQUIRED),
         Attribute("hidden_size", "hidden_size", default=REQUIRED),
         Attribute("ffn_dim", "intermediate_size", default=REQUIRED),
-        Attribute("num_hidden_layers", "num_layers", default=REQUIRED),
+        _layers("num_hidden_layers"),
         Attribute("num_attention_heads", "num_heads", default=REQUIRED),
         Attribute("max_position_embeddings", "max_positions", default=2048),
         _activation("activation_function", "relu"),
@@ -402,9 +417,9 @@ _MINIMIND_FIRST = Family(
     (
         Attribute("vocab_size", "vocab_size", default=6400),
         Attribute("dim", "hidden_size", default=512),
-        Attribute("multiple_of", None, default=64),
+        Attribute("multiple_of", None, default=64, above=0),
         Attribute("hidden_dim", "intermediate_size", default=_multiple_of_64),
-        Attribute("n_layers", "num_layers", default=8),
+        _layers("n_layers", 8),
         Attribute("n_heads", "num_heads", default=8),
         Attribute("n_kv_heads", "num_kv_heads", default=2),
         Attribute("max_seq_len", "max_positions", default=8192),
@@ -461,7 +476,7 @@ def family_name(attributes: Found) -> str:
     >>> family_name({"model_type": "minimind", "dim": 512})
     'minimind_first'
     """
-    named = attributes.get("model_type") or "llama"
+    named = attributes.get("model_type", "llama")
     return "minimind_first" if named == "minimind" and "dim" in attributes else named
 
 

@@ -28,7 +28,7 @@ REQUIRED = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_heads",
-    "attention.layer_norm_rms_epsilon": "eps",
+    "attention.layer_norm_rms_epsilon": "norm.eps",
     "context_length": "max_positions",
 }
 _HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
@@ -94,7 +94,7 @@ def read_config(file: GgufFile, *, dtype: str | None = None) -> DecoderConfig:
         "vocab_size": len(file.metadata.get("tokenizer.ggml.tokens", ())),
     }
     theta = {"theta": fields.pop("theta")} if "theta" in fields else {}
-    eps = fields.pop("eps")
+    eps = fields.pop("norm.eps")
     try:
         return DecoderConfig(
             **{**derived, **fields},

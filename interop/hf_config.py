@@ -47,7 +47,7 @@ _HARMLESS = frozenset((
     "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate",
     "remove_invalid_values",
     # labels of classifiers
-    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "task_specific_params",
 ))
 # fmt: on
 
@@ -95,7 +95,7 @@ def from_attributes(attributes: Mapping[str, Any], *, dtype: str | None = None) 
     True
     """
     name = family_name(attributes)
-    family = FAMILIES.get(name)
+    family = FAMILIES.get(name) if type(name) is str else None
     if family is None:
         raise InputError(f"not implemented: model_type={name!r} (known: {', '.join(FAMILIES)})")
     given = {key: value for key, value in attributes.items() if value is not None}

@@ -42,11 +42,11 @@ def _count(found: Found) -> int:
 
 
 def _sliding(default: int | None) -> Attribute:
-    return Attribute("sliding_window", None, default=default, nullable=True)
+    return Attribute("sliding_window", None, default=default, nullable=True, above=0)
 
 
 _USED = Attribute("use_sliding_window", None, (bool,), False)
-_TYPES = Attribute("layer_types", None, (list,))
+_TYPES = Attribute("layer_types", None, (list,), items=(str,))
 
 
 def never(rope: RopeScheme | None) -> LayerScheme:
@@ -74,14 +74,16 @@ def late(rope: RopeScheme, window: int, first: int) -> LayerScheme:
     return LayerScheme(rope, windowed, (_USED, _sliding(window), counted, _TYPES))
 
 
-def alternating(rope: RopeScheme, window: int, period: int) -> LayerScheme:
-    """All but every ``period``-th layer have the window."""
+def alternating(rope: RopeScheme, window: int, period: int, *, said: bool = False) -> LayerScheme:
+    """All but every ``period``-th layer have the window; files may say another period."""
 
     def windowed(found: Found) -> list[bool]:
-        return [bool((n + 1) % found["sliding_window_pattern"]) for n in range(_count(found))]
+        every = found.get("sliding_window_pattern", period)
+        window = found["sliding_window"] is not None
+        return [window and bool((n + 1) % every) for n in range(_count(found))]
 
-    pattern = Attribute("sliding_window_pattern", None, default=period)
-    return LayerScheme(rope, windowed, (_sliding(window), pattern, _TYPES))
+    pattern = (Attribute("sliding_window_pattern", None, default=period, above=0),) if said else ()
+    return LayerScheme(rope, windowed, (_sliding(window), *pattern, _TYPES))
 
 
 def unrotated(rope: RopeScheme, period: int) -> LayerScheme:
@@ -95,8 +97,8 @@ def unrotated(rope: RopeScheme, period: int) -> LayerScheme:
         every = found["no_rope_layer_interval"]
         return [int((layer + 1) % every != 0) for layer in range(_count(found))]
 
-    which = Attribute("no_rope_layers", None, (list,), rotating)
-    interval = Attribute("no_rope_layer_interval", None, default=period)
+    which = Attribute("no_rope_layers", None, (list,), rotating, items=(int,))
+    interval = Attribute("no_rope_layer_interval", None, default=period, above=0)
     return LayerScheme(rope, windowed, (_USED, _sliding(None), interval, which, _TYPES))
 
 

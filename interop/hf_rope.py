@@ -23,7 +23,6 @@ FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 _GROUPS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 _PART = "partial_rotary_factor"
-_OF_ALL_TYPES = ("rope_theta", "rope_type", "type", _PART)
 
 
 class RopeScheme(NamedTuple):
@@ -47,15 +46,28 @@ class RopeScheme(NamedTuple):
     @property
     def attributes(self) -> tuple[Attribute, ...]:
         """What may be given."""
-        local = (Attribute("rope_local_base_freq", None, NUMBER),) if self.local_theta else ()
-        original = (Attribute(_ORIGINAL, None, default=self.original),) if self.original else ()
+        local = (
+            (Attribute("rope_local_base_freq", None, NUMBER, above=1),) if self.local_theta else ()
+        )
+        original = (
+            (Attribute(_ORIGINAL, None, default=self.original, above=1),) if self.original else ()
+        )
         return (
             *(Attribute(name, None, (dict,)) for name in _GROUPS),
-            Attribute("rope_theta", None, NUMBER),
-            Attribute(_PART, None, NUMBER),
+            Attribute("rope_theta", None, NUMBER, above=1),
+            Attribute(_PART, None, NUMBER, above=0),
             *local,
             *original,
         )
+
+
+_OF_ALL_TYPES = (
+    Attribute("rope_theta", None, NUMBER, above=1),
+    Attribute("rope_type", None, (str,)),
+    Attribute("type", None, (str,)),
+    Attribute(_PART, None, NUMBER, above=0),
+)
+_NAMES_OF_ALL_TYPES = frozenset(attribute.name for attribute in _OF_ALL_TYPES)
 
 
 class _Type(NamedTuple):
@@ -63,8 +75,16 @@ class _Type(NamedTuple):
     settings: tuple[Attribute, ...]
 
 
-_FACTOR = Attribute("factor", "factor", NUMBER, REQUIRED)
-_CONTEXT = Attribute(_ORIGINAL, "original_max_positions", default=lambda found: found["longest"])
+_FACTOR = Attribute("factor", "factor", NUMBER, REQUIRED, above=0)
+_CONTEXT = Attribute(
+    _ORIGINAL, "original_max_positions", default=lambda found: found["longest"], above=1
+)
+
+
+def _factors(name: str) -> Attribute:
+    return Attribute(name, name, (list,), REQUIRED, items=NUMBER, above=0)
+
+
 _AMPLITUDE = Attribute("attention_factor", "attention_factor", NUMBER)
 _TYPES: dict[str, _Type | None] = {
     "default": None,
@@ -85,8 +105,8 @@ _TYPES: dict[str, _Type | None] = {
             _FACTOR,
             _CONTEXT,
             _AMPLITUDE,
-            Attribute("beta_fast", "beta_fast", NUMBER, 32.0),
-            Attribute("beta_slow", "beta_slow", NUMBER, 1.0),
+            Attribute("beta_fast", "beta_fast", NUMBER, 32.0, above=0),
+            Attribute("beta_slow", "beta_slow", NUMBER, 1.0, above=0),
             Attribute("mscale", "mscale", NUMBER),
             Attribute("mscale_all_dim", "mscale_all_dim", NUMBER),
             Attribute("truncate", "truncate", (bool,), True),
@@ -95,8 +115,8 @@ _TYPES: dict[str, _Type | None] = {
     "longrope": _Type(
         LongScaling,
         (
-            Attribute("short_factor", "short_factor", (list,), REQUIRED),
-            Attribute("long_factor", "long_factor", (list,), REQUIRED),
+            _factors("short_factor"),
+            _factors("long_factor"),
             _CONTEXT,
             Attribute(
                 "factor",
@@ -208,11 +228,13 @@ def _type(group: Mapping[str, Any], scheme: RopeScheme) -> str:
 
 def _settings(group: Mapping[str, Any], scheme: RopeScheme) -> dict[str, Any]:
     """The group in one spelling, without what is said of all types."""
-    rest = {key: value for key, value in group.items() if key not in _OF_ALL_TYPES}
+    rest = {key: value for key, value in group.items() if key not in _NAMES_OF_ALL_TYPES}
     return {"rope_type": _type(group, scheme), **rest}
 
 
 def _group_faults(group: Mapping[str, Any], scheme: RopeScheme) -> list[str]:
+    if wrong := faults(_OF_ALL_TYPES, group):
+        return wrong
     name, settings = _type(group, scheme), _settings(group, scheme)
     if name not in _TYPES:
         return [f"rope_type {name!r} is none of {', '.join(_TYPES)}"]

@@ -8,6 +8,7 @@ from lora_jax.errors import InputError
 from lora_jax.models.forms import (
     AttentionForm,
     LayerKind,
+    Llama3Scaling,
     LongScaling,
     MLPForm,
     NormForm,
@@ -159,6 +160,12 @@ def _rope_problems(config: DecoderConfig, rope: Rope) -> Iterable[str]:
     if rotated % 2 or not 0 < rotated <= config.head_dim:
         part = "whole" if rope.fraction == 1 else f"for a part of {rope.fraction}"
         yield f"head_dim={config.head_dim} can't be rotated {part} by pairs"
+    if isinstance(rope.scaling, Llama3Scaling):
+        low, high = rope.scaling.low_freq_factor, rope.scaling.high_freq_factor
+        if high <= low:
+            yield f"high_freq_factor={high} is not above low_freq_factor={low}"
+    if getattr(rope.scaling, "original_max_positions", 2) < 2:
+        yield f"{rope.scaling} was stretched from fewer than 2 positions"
     if isinstance(rope.scaling, LongScaling):
         for name in ("short_factor", "long_factor"):
             if (count := len(getattr(rope.scaling, name))) != rotated // 2:

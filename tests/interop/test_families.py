@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import lora_jax as lora
@@ -18,6 +20,7 @@ from lora_jax.errors import InputError
 from lora_jax.models.decoder import Decoder, leaf_shapes
 from lora_jax.models.forms import LayerKind, Rope
 from lora_jax.models.generate import generate, language_model
+from lora_jax.models.rope import frequencies
 
 from family_cases import CASES, GPT2, OPT, SIZES, TOKENS, built, compiled, trace
 from small_models import random_params
@@ -260,6 +263,11 @@ def test_absent_attributes_have_the_defaults_of_transformers(name):
     assert from_attributes(sizes) == from_attributes(theirs)
 
 
+SETTINGS = (
+    "rope_type", "type", "factor", "rope_theta", "short_factor", "long_factor", "beta_fast",
+    "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "full_attention",
+    "partial_rotary_factor", "attention_factor",
+)  # fmt: skip
 REFUSED = {
     "no such layer type": ("qwen3", {"layer_types": ["chunked_attention"] * 3}),
     "too few layer types": ("qwen3", {"layer_types": ["full_attention"]}),
@@ -271,6 +279,9 @@ REFUSED = {
     "a part of each head": ("qwen2", {"partial_rotary_factor": 0.5}),
     "both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
     "experts": ("minimind", {"use_moe": True}),
+    "a billion layers": ("smollm3", {"num_hidden_layers": 10**9}),
+    "a period of nothing": ("gemma3_text", {"sliding_window_pattern": 0}),
+    "no number": ("llama", {"rope_theta": float("inf")}),
 }
 
 
@@ -295,6 +306,30 @@ def test_what_a_family_cannot_say_is_not_written():
     ) as raised:
         to_attributes(config, dtype="float32")
     assert "heads=True" in str(raised.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["sliding_attention", "llama3", "yarn", "longrope", "gelu"]),
+    lambda some: st.lists(some, max_size=4)
+    | st.dictionaries(st.sampled_from(SETTINGS), some, max_size=4),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=1000, derandomize=True, database=None)
+@given(st.data())
+def test_whatever_an_attribute_holds_it_is_read_or_refused(data):
+    name = data.draw(st.sampled_from(sorted(FAMILIES)))
+    names = [attribute.name for attribute in FAMILIES[name].handled]
+    said = data.draw(st.dictionaries(st.sampled_from([*names, "model_type"]), JSON, max_size=2))
+    try:
+        config = from_attributes(smallest(name) | said)
+    except InputError:
+        return
+    for kind in config.layer_kinds:
+        if kind.rope:
+            assert np.isfinite(frequencies(config, kind.rope).per_feature).all()
 
 
 # MiniMind

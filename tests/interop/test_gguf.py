@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+from operator import attrgetter
 
 import gguf as gguf_package
 import numpy as np
@@ -88,7 +89,7 @@ def test_k_quants_are_what_the_package_dequantises(tmp_path, kind):
     for key, value in gguf.REQUIRED.items():
         if key != "block_count":
             add = writer.add_float32 if "epsilon" in key else writer.add_uint32
-            add(f"llama.{key}", getattr(BLOCKS, value))
+            add(f"llama.{key}", attrgetter(value)(BLOCKS))
     writer.add_uint32("llama.attention.head_count_kv", BLOCKS.num_kv_heads)
     writer.add_uint32("llama.vocab_size", BLOCKS.vocab_size)
     for name, array in gguf_tensors(BLOCKS, random_params(BLOCKS)):
@@ -244,7 +245,7 @@ def test_a_tensor_of_another_arithmetic_is_refused(tmp_path):
     writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
     for key, field in gguf.REQUIRED.items():
         add = writer.add_float32 if "epsilon" in key else writer.add_uint32
-        add(f"llama.{key}", getattr(SMALL, field))
+        add(f"llama.{key}", attrgetter(field)(SMALL))
     writer.add_uint32("llama.vocab_size", SMALL.vocab_size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
