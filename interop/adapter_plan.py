@@ -18,8 +18,8 @@ import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, checked, raise_all
 from interop.adapter_format import BaseModule
-from interop.keymaps import Index, Keymap, indices, tensor_name, tensor_shape, tensor_view
-from interop.module_places import Spot, Tree, factors, roles
+from interop.keymaps import Index, Keymap, Rule, indices, tensor_name, tensor_shape, tensor_view
+from interop.module_places import Spot, Tree, factors, kind_of, module_of, roles
 from interop.module_problems import (
     Placed,
     double_claims,
@@ -118,16 +118,17 @@ def base_modules(params: Any, keymap: Keymap) -> dict[str, BaseModule]:
     {'lm_head': BaseModule(kind='linear', shape=(6, 4))}
     """
     tree = Tree(keymap, named_leaves(params))
-    return {
-        module: BaseModule(rule.kind, tensor_shape(rule, tuple(tree.leaves[rule.path].shape)))
-        for module in tree.modules
-        for rule in [tree.spots[f"{module}.weight"].rule]
-    }
+    return {module: _base_module(spot.rule, tree) for module, spot in tree.modules.items()}
+
+
+def _base_module(rule: Rule, tree: Tree) -> BaseModule:
+    shape = tuple(tree.leaves[rule.path].shape)
+    return BaseModule(kind_of(rule, len(shape)) or "other", tensor_shape(rule, shape))
 
 
 def _pairs_by_leaf(file: FileAdapter, tree: Tree) -> dict[str, dict[Index, list[Placed]]]:
     """By leaf and stack index, the modules that stand there, in the order of their parts."""
-    placed = [Placed(name, tree.spots[f"{name}.weight"], m) for name, m in file.modules.items()]
+    placed = [Placed(n, spot, m) for n, m in file.modules.items() if (spot := tree.spot(n))]
     found = defaultdict(lambda: defaultdict(list))
     for each in sorted(placed, key=lambda each: each.spot.rule.part):
         found[each.spot.rule.path][each.spot.index].append(each)
@@ -168,8 +169,8 @@ def _fill(arrays: Mapping[str, np.ndarray], at: Sequence[Placed], site: Site) ->
     start = 0
     for placed in at:
         end = start + placed.module.rank
-        for name, view in factors(arrays, placed.spot, site, range(start, end)).items():
-            view[...] = getattr(placed.module, name)
+        for name, part in factors(arrays, placed.spot, site, range(start, end)).items():
+            part.put(getattr(placed.module, name))
         start = end
 
 
@@ -178,7 +179,8 @@ def _full(path: str, found: Mapping[str, np.ndarray], tree: Tree) -> tuple[Site,
     value = np.empty(leaf.shape, np.float32)
     for name, array in found.items():
         rule, index = tree.spots[name]
-        tensor_view(rule, value, index)[...] = array
+        view = tensor_view(rule, value, index)
+        view[...] = array.reshape(view.shape)
     dtype = np.dtype(leaf.dtype).name
     site = Site(path, tuple(leaf.shape), dtype, (), 0, 1.0, variant="full")
     return site, entry_of(site, {"value": jnp.asarray(value)})
@@ -200,23 +202,28 @@ def _modules_of(site: Site, entry: Any, tree: Tree) -> dict[str, ModuleAdapter]:
             layer = index[0] if index else 0
             rank = site.ranks[layer] if site.ranks else site.rank
             scale = site.scale[layer] if isinstance(site.scale, tuple) else site.scale
-            views = factors(arrays, Spot(rule, index), site, range(rank))
-            name = tensor_name(rule, index).removesuffix(".weight")
-            found[name] = ModuleAdapter(**views, scale=scale, kind=rule.kind)  # pyright: ignore
+            parts = factors(arrays, Spot(rule, index), site, range(rank))
+            own = {field: part.get() for field, part in parts.items()}
+            kind = kind_of(rule, len(site.shape)) or "linear"
+            found[module_of(tensor_name(rule, index))] = ModuleAdapter(
+                **own, scale=scale, kind=kind
+            )
     return {name: module for name, module in found.items() if module.rank}
 
 
 def _parameters_of(site: Site, entry: Any, tree: Tree) -> dict[str, np.ndarray]:
     value = np.asarray(entry.value, np.float32)
     return {
-        tensor_name(rule, index): tensor_view(rule, value, index)
+        tensor_name(rule, index): tensor_view(rule, value, index).reshape(
+            tensor_shape(rule, site.shape)
+        )
         for rule in tree.rules[site.path]
         for index in indices(rule, site.shape)
     }
 
 
 def _rows_of(site: Site, entry: Any, tree: Tree) -> dict[str, RowAdapter]:
-    module = tensor_name(tree.rules[site.path][0]).removesuffix(".weight")
+    module = module_of(tensor_name(tree.rules[site.path][0]))
     return {module: RowAdapter(site.rows, np.asarray(entry.rows, np.float32))}
 
 

@@ -16,7 +16,7 @@ https://github.com/huggingface/diffusers
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def read_diffusers(content: Content, given: Given) -> FileAdapter:
     tensors = without_repeats(((names[n], t) for n, t in content.tensors.items()), content)
     renamed = content._replace(tensors=tensors)
     found = by_module(renamed, _FIELDS, "diffusers")
+    raise_all(f"{content.path} is no diffusers adapter", _outside(found))
     scales, notes = _scales(found, content)
     modules, problems = {}, []
     for name, at in found.items():
@@ -81,12 +82,7 @@ def read_diffusers(content: Content, given: Given) -> FileAdapter:
 
 def write_diffusers(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     """Write what ``load_lora_weights`` reads, with PEFT's config of each component."""
-    outside = [name for name in file.modules if not COMPONENTS.match(name)]
-    problems = [*unheld(file, FORMATS["diffusers"].holds, "diffusers")]
-    if outside:
-        problems.append(
-            f"{listed(map(repr, outside))} are in no component such as 'unet.' or 'text_encoder.'"
-        )
+    problems = [*unheld(file, FORMATS["diffusers"].holds, "diffusers"), *_outside(file.modules)]
     by_component = defaultdict(dict)
     for name, module in sorted(file.modules.items()):
         component, _, rest = name.partition(".")
@@ -103,6 +99,11 @@ def write_diffusers(path: Path, file: FileAdapter, given: Given) -> tuple[str, .
     metadata = {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)}
     save(path, in_dtype(_tensors(file.modules), given), metadata)
     return ()
+
+
+def _outside(names: Iterable[str]) -> Iterator[str]:
+    if outside := [name for name in names if not COMPONENTS.match(name)]:
+        yield f"{listed(map(repr, outside))} are in no component such as 'unet.' or 'text_encoder.'"
 
 
 def _today(name: str) -> str:

@@ -8,10 +8,13 @@ import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, listed
 from interop.keymaps import Index, Rule, indices, tensor_shape
-from interop.module_places import ADAPTABLE, Spot, Tree, factor_shapes, roles
+from interop.module_places import Spot, Tree, factor_shapes, kind_of, roles
 from lora_jax.adapter import Adapter
 from lora_jax.paths import nearest
 from lora_jax.site import Plan, Site
+
+_PAIRS = ("lora", "dora")
+_ALONE = ("full", "rows")
 
 
 class Placed(NamedTuple):
@@ -36,7 +39,8 @@ def unknown_names(file: FileAdapter, tree: Tree) -> Iterator[str]:
 def misfits(file: FileAdapter, tree: Tree) -> Iterator[str]:
     """What of a file has another shape or kind than its place in the tree."""
     for name, module in file.modules.items():
-        yield from _module_misfits(name, module, tree)
+        if spot := tree.spot(name):
+            yield from _module_misfits(name, module, spot, tree)
     for name, found in file.rows.items():
         yield from _row_misfits(name, found, tree)
     for name in file.whole:
@@ -113,20 +117,23 @@ def site_problems(adapter: Adapter, plan: Plan, tree: Tree, *, known: bool) -> I
         arrays = [getattr(adapter[site.path], name) for name in site.entry_shapes]
         if not all(np.isfinite(np.asarray(array)).all() for array in arrays):
             yield f"{site.path!r} holds values that are not finite"
-        elif site.variant in ("lora", "dora"):
+        elif site.variant in _PAIRS:
             yield from _pair_problems(site, adapter[site.path], rules[0])
+        elif site.variant not in _ALONE:
+            yield f"{site.path!r} is of variant {site.variant!r}, which no module of a file has"
 
 
-def _module_misfits(name: str, module: ModuleAdapter, tree: Tree) -> Iterator[str]:
-    rule = tree.spots[f"{name}.weight"].rule
-    if module.kind != rule.kind:
-        yield f"module {name!r} is {module.kind} in the file and {rule.kind} in the model"
+def _module_misfits(name: str, module: ModuleAdapter, spot: Spot, tree: Tree) -> Iterator[str]:
+    shape = tuple(tree.leaves[spot.rule.path].shape)
+    kind = kind_of(spot.rule, len(shape))
+    if module.kind != kind:
+        yield f"module {name!r} is {module.kind} in the file and {kind or 'other'} in the model"
         return
-    inputs, outputs = factor_shapes(rule, tree.leaves[rule.path].shape)
-    if module.a.shape[1:] != inputs or module.b.shape[0] != outputs:
+    shapes = factor_shapes(spot.rule, shape, module.rank)
+    if (module.a.shape, module.b.shape) != shapes:
         yield (
             f"module {name!r} has A {module.a.shape} and B {module.b.shape}, the model takes "
-            f"{(module.rank, *inputs)} and {(outputs, module.rank)}"
+            f"{shapes[0]} and {shapes[1]}"
         )
     if module.bias is not None:
         yield f"module {name!r} has a bias on B, which a plan can't hold"
@@ -147,8 +154,8 @@ def _row_misfits(name: str, found: RowAdapter, tree: Tree) -> Iterator[str]:
 
 
 def _sharing_problems(file: FileAdapter, tree: Tree) -> Iterator[str]:
-    trained = [*(f"{name}.weight" for name in (*file.modules, *file.rows)), *file.whole]
-    for spot in filter(None, map(tree.spots.get, () if file.shares_tables else trained)):
+    trained = () if file.shares_tables else (*file.modules, *file.rows, *file.whole)
+    for spot in filter(None, map(tree.spot, trained)):
         if sharers := tree.sharers(spot.rule):
             yield (
                 f"{spot.rule.path!r} is also the weight of {', '.join(sharers)}, which a "
@@ -157,16 +164,17 @@ def _sharing_problems(file: FileAdapter, tree: Tree) -> Iterator[str]:
 
 
 def _pair_problems(site: Site, entry: Any, rule: Rule) -> Iterator[str]:
-    if rule.kind not in ADAPTABLE:
+    if kind_of(rule, len(site.shape)) is None:
         yield f"{site.path!r} is not the weight of a linear, embedding or convolution layer"
     elif site.roles != (expected := roles(rule, len(site.shape))):
         yield f"{site.path!r} has axis roles {site.roles}, the {rule.kind} weight has {expected}"
     elif site.variant == "dora" and 0 in site.ranks:
         yield f"{site.path!r} has DoRA magnitudes in layers of rank 0, where a file has no adapter"
-    elif any(_is_filled_beyond(rank, layer, entry) for layer, rank in enumerate(site.ranks)):
+    elif any(_is_filled_beyond(site, layer, entry) for layer in range(len(site.ranks))):
         yield f"{site.path!r} holds values beyond its ranks {site.ranks}, expected zeros"
 
 
-def _is_filled_beyond(rank: int, layer: int, entry: Any) -> bool:
-    a, b = np.asarray(entry.a[layer]), np.asarray(entry.b[layer])
-    return bool(a[..., rank:].any() or b[..., rank:, :].any())
+def _is_filled_beyond(site: Site, layer: int, entry: Any) -> bool:
+    a, b, rank = np.asarray(entry.a[layer]), np.asarray(entry.b[layer]), site.ranks[layer]
+    deeper = (slice(None),) * (len(site.dims("stack")) - 1)
+    return bool(a[..., rank:].any() or b[(*deeper, slice(rank, None))].any())

@@ -16,6 +16,12 @@ TABLE = Keymap(
         Rule("moe/gate_up", "h.{i}.experts.{e}.up.weight", (1, 0), "linear", (1, 2)),
         Rule("conv_{i}/kernel", "convs.{i}.weight", (3, 2, 0, 1), "conv"),
         Rule("head/weight", "head.weight", (), "linear"),
+        Rule("q/kernel", "h.{i}.q.weight", ((1, 2), 0), "linear"),
+        Rule("o/kernel", "h.{i}.o.weight", (2, (0, 1)), "linear"),
+        Rule("c/kernel", "c.weight", (), "linear_in_out"),
+        Rule("down", "h.{i}.mlp.down", (0, 2, 1), "parameter"),
+        Rule("up", "h.{i}.mlp.up", (), "parameter_in_out"),
+        Rule("flat", "mlp.flat", (), "parameter"),
     ),
     copies={"head.weight": "embed.weight"},
 )
@@ -26,6 +32,12 @@ SHAPES = {
     "conv_0": {"kernel": (3, 2, 4, 5)},
     "conv_1": {"kernel": (1, 1, 5, 2)},
     "head": {"weight": (11, 4)},
+    "q": {"kernel": (2, 4, 3, 2)},
+    "o": {"kernel": (2, 3, 2, 5)},
+    "c": {"kernel": (4, 6)},
+    "down": (2, 3, 4, 5),
+    "up": (2, 3, 4, 5),
+    "flat": (6, 4),
 }
 
 
@@ -45,6 +57,13 @@ def pair(rank, inputs, out, scale=1.5, kind="linear", dora=False, dtype=np.float
     rng = np.random.default_rng(rank + out)
     a, b, m = (rng.normal(size=s).astype(dtype) for s in ((rank, *inputs), (out, rank), out))
     return ModuleAdapter(a, b, scale, kind, np.abs(m) if dora else None)
+
+
+def stacked(rank, out, inputs, scale=1.5):
+    """The adapter of three experts' weights in one parameter."""
+    each = [pair(rank, (inputs,), out + e) for e in range(3)]
+    a, b = np.stack([m.a for m in each]), np.stack([m.b[:out] for m in each])
+    return ModuleAdapter(a, b, scale, "experts")
 
 
 def experts(rank=2, scale=1.0):
@@ -70,6 +89,20 @@ CASES = {
         }
     },
     "torch's own order": {"modules": {"head": pair(2, (4,), 11, dora=True)}},
+    "heads apart": {
+        "modules": {
+            **{f"h.{i}.q": pair(2 + i, (4,), 6) for i in range(2)},
+            **{f"h.{i}.o": pair(2, (6,), 5, dora=True) for i in range(2)},
+        }
+    },
+    "heads apart, dora": {"modules": {f"h.{i}.q": pair(2, (4,), 6, dora=True) for i in range(2)}},
+    "in before out": {"modules": {"c": pair(2, (4,), 6, dora=True)}},
+    "experts in a parameter": {
+        "modules": {
+            **{f"h.{i}.mlp.{name}": stacked(2, 5, 4) for i in range(2) for name in ("down", "up")},
+            "mlp.flat": pair(2, (4,), 6),
+        }
+    },
     "parts of fused experts": {"modules": experts()},
     "one part alone": {"modules": {k: v for k, v in experts().items() if k.endswith("up")}},
     "rows": {"rows": {"embed": RowAdapter((7, 2), np.ones((2, 4), np.float32))}},

@@ -1,59 +1,26 @@
-"""kohya's and diffusers' files: their documented maths in torch, and names as they write them."""
-
-import json
+"""kohya's files: their documented maths in torch, and names as sd-scripts writes them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import lora_jax as lora
 from interop import torch_io
-from interop.adapter_file import FileAdapter, delta_weight
+from interop.adapter_file import FileAdapter
 from interop.adapter_format import BaseModule, Given
-from interop.adapter_formats import format_of, open_content, read, write
+from interop.adapter_formats import read, write
 from interop.adapter_plan import base_modules, to_plan
-from interop.keymaps import Keymap, Rule
 
 from module_cases import pair
-
-UNET = Keymap((
-    Rule("attn/to_q/kernel", "unet.mid_block.attn.to_q.weight", (1, 0), "linear"),
-    Rule("attn/to_out/kernel", "unet.mid_block.attn.to_out.0.weight", (1, 0), "linear"),
-    Rule("conv_in/kernel", "unet.conv_in.weight", (3, 2, 0, 1), "conv"),
-    Rule("text/kernel", "text_encoder.layers.0.self_attn.q_proj.weight", (1, 0), "linear"),
-))  # fmt: skip
-FLAT = {
-    "unet.mid_block.attn.to_q": "lora_unet_mid_block_attn_to_q",
-    "unet.mid_block.attn.to_out.0": "lora_unet_mid_block_attn_to_out_0",
-    "unet.conv_in": "lora_unet_conv_in",
-    "text_encoder.layers.0.self_attn.q_proj": "lora_te_layers_0_self_attn_q_proj",
-}
-SHAPES = {"attn/to_q": (8, 6), "attn/to_out": (6, 8), "conv_in": (3, 3, 4, 5), "text": (6, 6)}
+from unet_cases import FLAT, UNET, torch_weights, unet_params
 
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    leaves = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
-    return {
-        "attn": {name: {"kernel": leaves[f"attn/{name}"]} for name in ("to_q", "to_out")},
-        "conv_in": {"kernel": leaves["conv_in"]},
-        "text": {"kernel": leaves["text"]},
-    }
-
-
-def torch_weights(params):
-    """The base's weights by module, as torch has them."""
-    conv = np.asarray(params["conv_in"]["kernel"]).transpose(3, 2, 0, 1)
-    linears = (params["attn"]["to_q"], params["attn"]["to_out"], params["text"])
-    q, out, text = (torch.tensor(np.asarray(each["kernel"]).T) for each in linears)
-    return dict(zip(FLAT, (q, out, torch.tensor(conv.copy()), text), strict=True))
+    return unet_params()
 
 
 def kohya_tensors(params, alpha, dora=False, tucker=False):
@@ -211,140 +178,3 @@ def test_what_kohya_files_cannot_hold(tmp_path):
                        r"be called 'lora_unet_a_b'.*'unet.a.b' has a scale of 0"):  # fmt: skip
         write(tmp_path / "l.safetensors", FileAdapter("mine", modules), "kohya")
     assert not list(tmp_path.iterdir())
-
-
-OLD = {
-    "unet.mid_block.attn.to_q": "unet.mid_block.attn.processor.to_q_lora.{}.weight",
-    "unet.mid_block.attn.to_out.0": "unet.mid_block.attn.processor.to_out_lora.{}.weight",
-    "unet.conv_in": "unet.conv_in.lora.{}.weight",
-    "text_encoder.layers.0.self_attn.q_proj":
-        "text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.{}.weight",
-}  # fmt: skip
-OLDEST = OLD | {
-    "text_encoder.layers.0.self_attn.q_proj":
-        "text_encoder.layers.0.self_attn.to_q_lora.{}.weight",
-}  # fmt: skip
-
-
-def diffusers_case(params, names=None, ends=("lora_A", "lora_B")):
-    """A file's tensors, and the update of every module."""
-    torch.manual_seed(2)
-    tensors, deltas = {}, {}
-    for module, weight in torch_weights(params).items():
-        out, inputs, *kernel = weight.shape
-        a, b = torch.randn(3, inputs, *kernel), torch.randn(out, 3, *[1] * len(kernel))
-        name = names[module] if names else module + ".{}.weight"
-        tensors |= {name.format(ends[0]): a, name.format(ends[1]): b}
-        deltas[module] = torch.tensordot(b.flatten(1), a, 1)
-    return tensors, deltas
-
-
-@pytest.mark.parametrize("names", [None, OLD, OLDEST], ids=["today", "old", "oldest"])
-def test_files_of_diffusers_of_every_age(names, params, tmp_path):
-    ends = ("down", "up") if names else ("lora_A", "lora_B")
-    tensors, deltas = diffusers_case(params, names, ends)
-    torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
-    file = read(tmp_path)
-    assert "neither alphas nor a config" in file.notes[0]
-    for module, delta in deltas.items():
-        assert delta.abs().max() > 0.1
-        np.testing.assert_allclose(delta_weight(file.modules[module]), delta, 1e-5, 1e-5)
-    with_alpha = tensors | {f"{module}.alpha": torch.tensor(1.5) for module in deltas}
-    torch.save(with_alpha, tmp_path / "pytorch_lora_weights.bin")
-    scaled = read(tmp_path)
-    assert not scaled.notes
-    assert {module.scale for module in scaled.modules.values()} == {0.5}
-
-
-def config_of(**settings):
-    return {f"unet.{key}": value for key, value in settings.items()}
-
-
-@pytest.mark.parametrize(
-    ("config", "scales"),
-    [
-        ({"r": 3, "lora_alpha": 6}, (2.0, 2.0, 2.0)),
-        ({"r": 3, "lora_alpha": 6, "use_rslora": True}, (6 / 3**0.5,) * 3),
-        ({"r": 3, "lora_alpha": 6, "alpha_pattern": {"to_q": 1.5}}, (0.5, 2.0, 2.0)),
-        ({"r": 8, "rank_pattern": {".*": 3}, "lora_alpha": 6}, (2.0, 2.0, 2.0)),
-    ],
-)
-def test_the_config_in_the_header_gives_the_scales(config, scales, params, tmp_path):
-    tensors, _ = diffusers_case(params)
-    metadata = {"lora_adapter_metadata": json.dumps(config_of(**config))}
-    save_file(tensors, tmp_path / "l.safetensors", metadata)
-    file = read(tmp_path / "l.safetensors")
-    found = [file.modules[name].scale for name in FLAT]
-    assert found == pytest.approx([*scales, 1.0])
-    assert "q_proj'" in file.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[]", "holds list, not an object"),
-        (json.dumps(config_of(r=0, lora_alpha="16")), "r is 0.*lora_alpha is '16'"),
-        (json.dumps(config_of(r=3, lora_alpha=1e999)), "lora_alpha is inf"),
-        (json.dumps(config_of(r=3, lora_alpha=3, rank_pattern={"a": "b"})), "rank_pattern is"),
-        (json.dumps(config_of(r=3, lora_alpha=3, alpha_pattern={"(": 1})), "not a regular"),
-        (json.dumps(config_of(r=4, lora_alpha=3)), "to_q has rank 3, its config says 4"),
-    ],
-)
-def test_headers_that_are_wrong_are_refused(text, message, params, tmp_path):
-    tensors, _ = diffusers_case(params)
-    save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": text})
-    with pytest.raises(lora.InputError, match=message):
-        read(tmp_path / "l.safetensors")
-
-
-class Unet(nn.Module):
-    """The modules of the component that PEFT adapts."""
-
-    def __init__(self):
-        super().__init__()
-        self.mid_block = nn.Module()
-        self.mid_block.attn = nn.Module()
-        self.mid_block.attn.to_q = nn.Linear(8, 6)
-        self.mid_block.attn.to_out = nn.ModuleList([nn.Linear(6, 8)])
-        self.conv_in = nn.Conv2d(4, 5, 3)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_what_is_written_for_diffusers_peft_loads_as_diffusers_does(dora, tmp_path):
-    modules = {
-        "unet.mid_block.attn.to_q": pair(2, (8,), 6, 1.5, dora=dora),
-        "unet.mid_block.attn.to_out.0": pair(2, (6,), 8, 2.0, dora=dora),
-        "unet.conv_in": pair(3, (4, 3, 3), 5, 1.5, "conv", dora),
-    }
-    write(tmp_path / "l.safetensors", FileAdapter("mine", modules), "diffusers")
-    tensors = load_file(tmp_path / "l.safetensors")
-    config = json.loads(torch_io.metadata(tmp_path / "l.safetensors")["lora_adapter_metadata"])
-    own = {key.removeprefix("unet."): value for key, value in config.items()}
-    torch.manual_seed(0)
-    base, model = Unet(), Unet()
-    model.load_state_dict(base.state_dict())
-    model = inject_adapter_in_model(LoraConfig(**own), model)
-    result = set_peft_model_state_dict(
-        model, {name.removeprefix("unet."): t for name, t in tensors.items()}
-    )
-    assert not result.unexpected_keys
-    for name, module in modules.items():
-        inner = name.removeprefix("unet.")
-        weight = base.get_submodule(inner).weight.detach().numpy()
-        total = weight + delta_weight(module)
-        if dora:
-            norm = np.linalg.norm(total.reshape(len(total), -1), axis=1)
-            total *= (module.magnitude / norm).reshape(-1, *[1] * (total.ndim - 1))
-        layer = model.get_submodule(inner)
-        layer.merge()
-        assert np.abs(total - weight).max() > 0.1
-        np.testing.assert_allclose(layer.base_layer.weight.detach(), total, 1e-4, 1e-5)
-
-
-def test_formats_are_told_apart_by_content(params, tmp_path):
-    save_file(kohya_tensors(params, 1.0), tmp_path / "a.safetensors")
-    save_file(diffusers_case(params)[0], tmp_path / "b.safetensors")
-    assert format_of(open_content(tmp_path / "a.safetensors")) == "kohya"
-    assert format_of(open_content(tmp_path / "b.safetensors")) == "diffusers"

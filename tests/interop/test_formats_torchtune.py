@@ -112,6 +112,14 @@ def test_what_is_written_for_torchtune_is_what_it_reads(suffix, dora, tmp_path):
         assert {*again.modules} == {*NAMES.values()}
 
 
+def test_alpha_comes_from_the_config_beside(tmp_path):
+    torch.save(checkpoint(), tmp_path / "adapter_model.pt")
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 12}')
+    told = {read(tmp_path, Given(head_dim=4, alpha=alpha)).modules["lm_head"].scale
+            for alpha in (None, 6)}  # fmt: skip
+    assert told == {4.0, 2.0}
+
+
 def test_models_that_rotate_halves_keep_their_rows(tmp_path):
     tensors = checkpoint()
     torch.save(tensors, tmp_path / "adapter_0.pt")
