@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interop.adapter_file import FileAdapter, RowAdapter, delta_weight
@@ -157,6 +157,7 @@ def test_a_file_cut_anywhere_is_refused(tiny, tmp_path):
     assert [*read(path, UNTIED).modules] == [Q_PROJ]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_read_or_refused(tiny, data):
     """Each number in the header is replaced by one that lies, and bytes by others."""

@@ -45,7 +45,7 @@ PROMPTS = [
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n):\n",
     "The most important thing about water is",
-    "1, 2, 3, 4,",
+    "My favourite place in the world is",
 ]
 TABLE = "token_embd.weight"
 
@@ -146,7 +146,7 @@ def our_answers(base, prompts, adapter=None, plan=None):
 
 
 def their_answers(base, prompts, adapter_path=None):
-    """Greedy tokens of llama.cpp, and its logits at each position of prompt and answer."""
+    """Greedy tokens of llama.cpp, and its logits at each position."""
     model = llama_cpp.Llama(
         str(base.path),
         lora_path=adapter_path and str(adapter_path),
@@ -175,13 +175,13 @@ def our_logits(config, params, tokens):
 
 
 def assert_same(config, params, prompts, ours, theirs):
-    """Logits agree; where an answer differs its two tokens are closer than the two sides are."""
+    """Logits agree that answers are drawn from; where a token differs, as far as they don't."""
     for prompt, our_answer, their_answer, expected in zip(prompts, ours, *theirs, strict=True):
-        row = jnp.array([[*prompt, *their_answer][:-1]])
-        difference = np.abs(our_logits(config, params, row) - expected).max(-1)
-        print(difference.max(), np.abs(expected).max(), our_answer == their_answer)
+        row, start = jnp.array([[*prompt, *their_answer][:-1]]), len(prompt) - 1
+        expected = expected[start:]
+        difference = np.abs(our_logits(config, params, row)[start:] - expected).max(-1)
         assert difference.max() < STANDARD.max_logit_difference
-        pairs = enumerate(zip(our_answer, their_answer, strict=True), len(prompt) - 1)
+        pairs = enumerate(zip(our_answer, their_answer, strict=True))
         if first := next(((at, a, b) for at, (a, b) in pairs if a != b), None):
             at, a, b = first
             assert expected[at][b] - expected[at][a] <= 2 * difference[at]
