@@ -21,7 +21,7 @@ def with_scales(
     >>> module = ModuleAdapter(np.ones((1, 2)), np.ones((2, 1)), 3.0)
     >>> folded, notes = with_scales({"q": module}, lambda name, module: 1.0)
     >>> folded["q"].b.tolist(), notes
-    ([[3.0], [3.0]], ("the scale of 'q' is multiplied into B",))
+    ([[3.0], [3.0]], ("scale multiplied into B: 'q'",))
     """
     wanted = {name: scale_of(name, module) for name, module in modules.items()}
     changed = [name for name, module in modules.items() if not _close(module.scale, wanted[name])]
@@ -31,7 +31,7 @@ def with_scales(
         else module._replace(scale=wanted[name])
         for name, module in modules.items()
     }
-    note = f"the scale of {listed(map(repr, changed))} is multiplied into B"
+    note = f"scale multiplied into B: {listed(map(repr, changed))}"
     return folded, (note,) if changed else ()
 
 
@@ -40,7 +40,7 @@ def with_one_rank(modules: Modules) -> tuple[dict[str, ModuleAdapter], tuple[str
     rank = max(module.rank for module in modules.values())
     short = [name for name, module in modules.items() if module.rank < rank]
     filled = {name: _filled(module, rank - module.rank) for name, module in modules.items()}
-    note = f"{listed(map(repr, short))} is filled up with zeros to rank {rank}"
+    note = f"filled up with zeros to rank {rank}: {listed(map(repr, short))}"
     return filled, (note,) if short else ()
 
 

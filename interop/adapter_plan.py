@@ -205,10 +205,19 @@ def _modules_of(site: Site, entry: Any, tree: Tree) -> dict[str, ModuleAdapter]:
             parts = factors(arrays, Spot(rule, index), site, range(rank))
             own = {field: part.get() for field, part in parts.items()}
             kind = kind_of(rule, len(site.shape)) or "linear"
-            found[module_of(tensor_name(rule, index))] = ModuleAdapter(
-                **own, scale=scale, kind=kind
-            )
+            module = ModuleAdapter(**own, scale=scale, kind=kind)
+            if rule.part[1] > 1 and kind == "linear":
+                module = _own_ranks(module, arrays["b"][index][:rank])
+            found[module_of(tensor_name(rule, index))] = module
     return {name: module for name, module in found.items() if module.rank}
+
+
+def _own_ranks(module: ModuleAdapter, fused: np.ndarray) -> ModuleAdapter:
+    """Without the ranks that do nothing to this module and something to others of a fused leaf."""
+    used = fused.reshape(len(fused), -1).any(axis=1)
+    keep = module.b.any(axis=0) | ~used
+    has_magnitude = module.magnitude is not None  # which would be lost with the last rank
+    return module if has_magnitude else module._replace(a=module.a[keep], b=module.b[:, keep])
 
 
 def _parameters_of(site: Site, entry: Any, tree: Tree) -> dict[str, np.ndarray]:

@@ -223,7 +223,7 @@ def test_several_alphas_are_folded_into_one(tmp_path):
     other = file.modules["fc"]._replace(scale=0.7)
     both = file._replace(modules={"fc": file.modules["fc"], "fd": other, "fe": other})
     notes = write(tmp_path / "both.pt", both, "loralib")
-    assert notes[0] == "the scale of 'fc' is multiplied into B"
+    assert notes[0] == "scale multiplied into B: 'fc'"
     again = read(tmp_path / "both.pt", Given(alpha=1.4))
     for name, module in both.modules.items():
         found = again.modules[name]

@@ -119,8 +119,10 @@ def test_ranks_and_scales_that_differ_are_folded(params, tmp_path):
     modules = {names[0]: pair(3, (8,), 6, 1.5), "lm_head": pair(3, (8,), 11, 1.5),
                names[1]: pair(2, (8,), 6, 0.5)}  # fmt: skip
     notes = write(tmp_path / "mlx", FileAdapter("mine", modules), "mlx")
-    assert "filled up with zeros to rank 3" in notes[0]
-    assert "'model.layers.1.self_attn.q_proj' is multiplied" in notes[1]
+    assert notes == (
+        f"filled up with zeros to rank 3: '{names[1]}'",
+        f"scale multiplied into B: '{names[1]}'",
+    )
     again = read(tmp_path / "mlx")
     for name, module in modules.items():
         found = again.modules[name]

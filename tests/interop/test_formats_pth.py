@@ -124,8 +124,8 @@ def test_what_is_written_for_minimind_it_loads(tmp_path):
     notes = write(
         tmp_path / "lora.pth", FileAdapter("x", modules), "minimind", Given(dtype="float16")
     )
-    assert "'model.layers.0.self_attn.o_proj' is multiplied into B" in notes[0]
-    assert "zeros to rank 3" in notes[1]
+    assert notes[0] == "scale multiplied into B: 'model.layers.0.self_attn.o_proj'"
+    assert notes[1].startswith("filled up with zeros to rank 3: ")
     stored = torch.load(tmp_path / "lora.pth", weights_only=True)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     model = minimind_model(SECOND)
