@@ -158,7 +158,7 @@ FAULTS = {
     "a wrong format": (("inspect", "{file}", "--format", "peft"), "is no peft adapter"),
     "gguf beside peft": (("diff", "{plain}", "{gguf}"), "give --model"),
     "nothing to convert": (("bench", "convert", "--megabytes", "0"), "--megabytes 0: at least 1"),
-    "no such disk": (("bench", "convert", "--directory", "{here}/a"), "{here}/a: no such directory"),
+    "no such disk": (("bench", "convert", "--directory", "{here}/a"), "a: no such directory"),
     "a tolerance": (("diff", "{plain}", "{plain}", "--tolerance", "-1"), "--tolerance -1.0"),
 }  # fmt: skip
 
