@@ -25,6 +25,8 @@ Kind = Literal["linear", "embedding", "conv", "experts"]
 
 _FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 _NAMED_AT_MOST = 8
+# Names come from strangers, and may be of any length.
+_NAME_LETTERS, _PROBLEM_LETTERS = 200, 2000
 
 
 class ModuleAdapter(NamedTuple):
@@ -79,9 +81,9 @@ def delta_weight(module: ModuleAdapter) -> np.ndarray:
     [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
     """
     a, b = (np.asarray(factor, np.float32) for factor in (module.a, module.b))
-    if module.kind == "experts":
-        return np.float32(module.scale) * (b @ a)
-    product = np.float32(module.scale) * np.tensordot(b, a, 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = b @ a if module.kind == "experts" else np.tensordot(b, a, 1)
+        product *= np.float32(module.scale)
     return product.T if module.kind == "embedding" else product
 
 
@@ -103,7 +105,8 @@ def raise_all(subject: str, problems: Iterable[str]) -> None:
     if found := list(problems):
         more = len(found) - _NAMED_AT_MOST
         rest = [f"and {more} more"] if more > 0 else []
-        raise InputError(f"{subject}: {'; '.join([*found[:_NAMED_AT_MOST], *rest])}")
+        first = (_cut(problem, _PROBLEM_LETTERS) for problem in found[:_NAMED_AT_MOST])
+        raise InputError(f"{subject}: {'; '.join([*first, *rest])}")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -114,12 +117,16 @@ def listed(names: Iterable[str]) -> str:
     """
     found = [*names]
     more = f" and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
-    return ", ".join(found[:_NAMED_AT_MOST]) + more
+    return ", ".join(_cut(name, _NAME_LETTERS) for name in found[:_NAMED_AT_MOST]) + more
 
 
 def is_floating(array: np.ndarray) -> bool:
     """Whether the array can hold factors: not of integers, booleans or eight bits."""
     return array.dtype in _FLOATS
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"{text[:letters]}..."
 
 
 def _problems(file: FileAdapter) -> Iterator[str]:
@@ -141,8 +148,14 @@ def _value_problems(owner: str, arrays: Mapping[str, np.ndarray | None]) -> Iter
         subject = f"{name} of {owner!r}" if owner else repr(name)
         if array is not None and not is_floating(array):
             yield f"{subject} is {array.dtype}, expected a floating dtype"
-        elif array is not None and not np.isfinite(array).all():
-            yield f"{subject} is not finite"
+        elif array is not None and not np.isfinite(_narrow(array)).all():
+            yield f"{subject} is not finite in float32"
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """The array in float32 at most, as it is used here."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def _shape_problems(name: str, module: ModuleAdapter) -> Iterator[str]:

@@ -4,7 +4,7 @@ Folding a scale into B, and filling ranks up with zeros, change no function.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -45,8 +45,8 @@ def with_one_rank(modules: Modules) -> tuple[dict[str, ModuleAdapter], tuple[str
 
 
 def common_scale(modules: Modules) -> float:
-    """The scale that most modules have."""
-    return Counter(modules[name].scale for name in sorted(modules)).most_common(1)[0][0]
+    """The scale that most modules have, beside 0."""
+    return _most_common(modules[name].scale for name in sorted(modules))
 
 
 def common_alpha(modules: Modules, rank_of: Callable[[str, ModuleAdapter], float]) -> float:
@@ -56,8 +56,8 @@ def common_alpha(modules: Modules, rank_of: Callable[[str, ModuleAdapter], float
     ...              lambda name, module: module.rank)
     16.0
     """
-    found = (alpha(modules[name].scale, rank_of(name, modules[name])) for name in sorted(modules))
-    return Counter(found).most_common(1)[0][0]
+    ranks = ((modules[name].scale, rank_of(name, modules[name])) for name in sorted(modules))
+    return _most_common(alpha(scale, rank) for scale, rank in ranks)
 
 
 def alpha(scale: float, rank: float) -> float:
@@ -70,13 +70,18 @@ def alpha(scale: float, rank: float) -> float:
     return short if short / rank == scale else scale * rank
 
 
+def _most_common(numbers: Iterable[float]) -> float:
+    return Counter([number for number in numbers if number] or [1.0]).most_common(1)[0][0]
+
+
 def _close(found: float, wanted: float) -> bool:
     return abs(found - wanted) <= 1e-12 * abs(wanted)
 
 
 def _times(module: ModuleAdapter, factor: float) -> np.ndarray:
-    wide = np.promote_types(np.float32, module.b.dtype if module.b.dtype == np.float64 else "f4")
-    return (np.asarray(module.b, np.float64) * factor).astype(wide)
+    wide = np.promote_types(np.float32, module.b.dtype)
+    with np.errstate(over="ignore"):
+        return (np.asarray(module.b, np.float64) * factor).astype(wide)
 
 
 def _filled(module: ModuleAdapter, more: int) -> ModuleAdapter:

@@ -1,6 +1,7 @@
 """What a format of adapter files is: how it is told, read and written, and what it can hold."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ WEIGHT_FILES = (
     "adapter_model.pt",
     "pytorch_lora_weights.bin",
 )
+_LONGEST_ZIP_END = 22 + 2**16
 # Names of the modules that are embedding tables, where nothing else tells them from linear layers.
 _TABLES = frozenset(
     ("embed_tokens", "tok_embeddings", "wte", "wpe", "word_embeddings", "token_embedding")
@@ -101,9 +103,21 @@ def open_content(path: Path) -> Content:
         has_config = (path / CONFIG).is_file()
         config = read_small_json(path / CONFIG) if has_config else {}
         return open_content(weights)._replace(path=path, config=config)
+    _require_few_entries(path)
     tensors = torch_io.read(path)
     metadata = torch_io.metadata(path) if path.suffix == ".safetensors" else {}
     return Content(path, tensors, metadata)
+
+
+def _require_few_entries(path: Path) -> None:
+    """Refuse torch files of more entries than a short archive has; reading them takes seconds."""
+    if path.suffix not in torch_io.PICKLES or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - _LONGEST_ZIP_END, 0))
+        _, found, end = file.read().rpartition(b"PK\x05\x06")
+    if found and end[6:8] == b"\xff\xff":
+        raise InputError(f"{path} holds 65535 entries or more: convert it to .safetensors")
 
 
 def by_module(
@@ -121,33 +135,24 @@ def by_module(
       InputError: tensors that are none of a module, modules that lack one, all named.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
-    unexpected = []
+    unexpected, twice = [], []
     for name, tensor in content.tensors.items():
         end = next((end for end in fields if name.endswith(end)), "")
-        module = name.removesuffix(end) if end else ""
-        if module:
-            found.setdefault(module, {})[fields[end]] = tensor
-        else:
+        if not end or name == end:
             unexpected.append(name)
-    ends = {field: end for end, field in fields.items()}
-    raise_all(
-        f"{content.path} is no {format} adapter",
-        [
-            *_one_line("unexpected tensors", unexpected),
-            *(
-                line
-                for field in needed
-                for line in _one_line(
-                    f"without {ends[field]!r}", [n for n, at in found.items() if field not in at]
-                )
-            ),
-        ],
-    )
+            continue
+        at = found.setdefault(name.removesuffix(end), {})
+        twice += [name] if fields[end] in at else []
+        at[fields[end]] = tensor
+    ends = {field: end for end, field in [*fields.items()][::-1]}
+    missing = {
+        f"without {ends[field]!r}": [name for name, at in found.items() if field not in at]
+        for field in needed
+    }
+    lines = {"unexpected tensors": unexpected, "under two names": twice, **missing}
+    problems = [f"{word}: {listed(map(repr, names))}" for word, names in lines.items() if names]
+    raise_all(f"{content.path} is no {format} adapter", problems)
     return found
-
-
-def _one_line(word: str, names: list[str]) -> list[str]:
-    return [f"{word}: {listed(map(repr, names))}"] if names else []
 
 
 def kind_of(module: str, given: Given) -> str:
@@ -171,14 +176,39 @@ def alpha_of(given: Given, content: Content, format: str) -> float:
     Raises:
       InputError: there is none, or it is no positive number.
     """
-    if given.alpha is None:
+    if (alpha := checked_alpha(given)) is None:
         raise InputError(
             f"{content.path}: {format} files don't hold alpha: give alpha=..., the lora_alpha of "
             "training (for a scale of 1 the rank)"
         )
-    if not (isinstance(given.alpha, Real) and 0 < given.alpha < np.inf):
-        raise InputError(f"alpha is {given.alpha!r}, expected a positive finite number")
-    return float(given.alpha)
+    return alpha
+
+
+def checked_alpha(given: Given) -> float | None:
+    """The alpha that is given, if there is one; an InputError if it is no positive number."""
+    alpha = given.alpha
+    if alpha is None:
+        return None
+    if not (isinstance(alpha, Real) and alpha is not True and 0 < alpha < np.inf):
+        raise InputError(f"alpha is {alpha!r}, expected a positive finite number")
+    return float(alpha)
+
+
+def head_problems(modules: Mapping[str, np.ndarray], head_dim: int) -> list[str]:
+    """Why rows of B can't be put in another order, head by head."""
+    if head_dim < 2 or head_dim % 2:
+        return [f"head_dim is {head_dim}, expected a positive even number"]
+    odd = [name for name, b in modules.items() if not b.ndim or b.shape[0] % head_dim]
+    return [f"rows of {listed(map(repr, odd))} are no heads of {head_dim}"] if odd else []
+
+
+def without_repeats(pairs: Iterable[tuple[str, Any]], content: Content) -> dict[str, Any]:
+    """The pairs as a dict; an InputError if a module is in the file under two names."""
+    pairs = [*pairs]
+    counts = Counter(name for name, _ in pairs)
+    repeated = [f"{name!r} is named twice" for name, count in counts.items() if count > 1]
+    raise_all(f"{content.path} can't be read", repeated)
+    return dict(pairs)
 
 
 def rank_in(a: np.ndarray, axis: int = 0) -> int:

@@ -62,7 +62,7 @@ def write(
     known = FORMATS[format]
     if known.write is None:
         raise InputError(f"{format} files can be read, and not written")
-    if not (file.modules or file.whole):
+    if not (file.modules or file.whole or file.rows):
         raise InputError(f"there is nothing to write to {path}: the adapter is empty")
     return known.write(Path(path), file, given or Given())
 

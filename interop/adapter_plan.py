@@ -28,6 +28,7 @@ from interop.module_problems import (
     misfits,
     settings_by_layer,
     site_problems,
+    unknown_names,
 )
 from lora_jax.adapter import Adapter, Entry, check, entry_of
 from lora_jax.paths import named_leaves
@@ -57,9 +58,10 @@ def to_plan(file: FileAdapter, params: Any, keymap: Keymap) -> tuple[Adapter, Pl
     >>> adapter["lm_head/kernel"].a.shape, plan["lm_head/kernel"].scale
     ((4, 2), 1.5)
     """
-    checked(file, "the adapter")
     leaves = named_leaves(params)
     tree = Tree(keymap, leaves)
+    raise_all("the adapter does not fit the model", unknown_names(file, tree))
+    checked(file, "the adapter")
     raise_all("the adapter does not fit the model", misfits(file, tree))
     pairs, whole = _pairs_by_leaf(file, tree), _whole_by_leaf(file, tree)
     rows = {tree.spots[f"{name}.weight"].rule.path: found for name, found in file.rows.items()}
@@ -176,7 +178,8 @@ def _full(path: str, found: Mapping[str, np.ndarray], tree: Tree) -> tuple[Site,
     value = np.empty(leaf.shape, np.float32)
     for name, array in found.items():
         rule, index = tree.spots[name]
-        tensor_view(rule, value, index)[...] = array
+        view = tensor_view(rule, value, index)
+        view[...] = array.reshape(view.shape)
     dtype = np.dtype(leaf.dtype).name
     site = Site(path, tuple(leaf.shape), dtype, (), 0, 1.0, variant="full")
     return site, entry_of(site, {"value": jnp.asarray(value)})
@@ -207,7 +210,9 @@ def _modules_of(site: Site, entry: Any, tree: Tree) -> dict[str, ModuleAdapter]:
 def _parameters_of(site: Site, entry: Any, tree: Tree) -> dict[str, np.ndarray]:
     value = np.asarray(entry.value, np.float32)
     return {
-        tensor_name(rule, index): tensor_view(rule, value, index)
+        tensor_name(rule, index): tensor_view(rule, value, index).reshape(
+            tensor_shape(rule, site.shape)
+        )
         for rule in tree.rules[site.path]
         for index in indices(rule, site.shape)
     }

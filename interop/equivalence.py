@@ -86,6 +86,12 @@ def verify(
     config = dataclasses.replace(model.config, dtype="float32")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
     keymap = keymap or keymap_of(config)
+    if keymap_of(hf.counterpart(config)) is not keymap_of(config):
+        raise InputError(
+            f"transformers names the weights of {config.family} otherwise, so that peft can't load "
+            "its adapters there: bring the base into transformers' family first, with "
+            "interop.hf.in_transformers, and train the adapter on that"
+        )
     stored = peft.read(directory, params, keymap=keymap)
     adapter, plan = trained or stored
     base = _our_side(language_model(config), _forward(config), params)
@@ -96,7 +102,7 @@ def verify(
         task = _Task(prompts, answers, max_new_tokens, model.tokenizer.decode, progress)
         progress("building the base in transformers")
         torch_model = hf.to_transformers(config, params)
-        blocks = torch_model.get_submodule(blocks_of(keymap))
+        blocks = torch_model.get_submodule(blocks_of(keymap_of(hf.counterpart(config))))
         torch_base = _torch_side(torch_model, blocks)
         base_answers = base.answers(prompts, max_new_tokens)
         base_comparison, base_logits = _compare("base", base, torch_base, base_answers, task)
@@ -148,7 +154,8 @@ def _our_side(language: LanguageModel, forward: Callable[..., Any], parameters: 
     def answers(prompts: Rows, count: int) -> list[list[int]]:
         return generate(language, parameters, prompts, max_new_tokens=count)
 
-    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters)))
+    longest = language.max_positions
+    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters), longest))
 
 
 @functools.cache
@@ -180,7 +187,8 @@ def _torch_side(model: Any, blocks: Any) -> _Side:
             hook.remove()
         return torch.stack(hidden).numpy(), logits.numpy()
 
-    return _Side(partial(_torch_answers, model), lambda rows: _trimmed(rows, forward))
+    longest = model.config.max_position_embeddings
+    return _Side(partial(_torch_answers, model), lambda rows: _trimmed(rows, forward, longest))
 
 
 def _torch_answers(model: Any, prompts: Rows, count: int) -> list[list[int]]:
@@ -212,12 +220,12 @@ def _load_with_peft(torch_model: Any, directory: str | os.PathLike) -> tuple[Any
     return model, tuple(str(warning.message) for warning in ours)
 
 
-def _trimmed(rows: Rows, forward: Callable[[np.ndarray], tuple[Any, Any]]) -> _Trace:
+def _trimmed(rows: Rows, forward: Callable[[np.ndarray], tuple[Any, Any]], longest: int) -> _Trace:
     """Run rows of unequal length as one batch, and drop what the padding gave.
 
     The padding stands on the right, where no token of a causal model sees it.
     """
-    width = -(-max(map(len, rows)) // _WIDTH_STEP) * _WIDTH_STEP
+    width = min(-(-max(map(len, rows)) // _WIDTH_STEP) * _WIDTH_STEP, longest)
     tokens = np.zeros((len(rows), width), np.int32)
     real = np.zeros(tokens.shape, bool)
     for index, row in enumerate(rows):

@@ -13,20 +13,34 @@ how tensors are named. Whatever a row doesn't mention is refused (`interop.hf_co
 ``gemma3_text``       alternation; normed heads, two rotations
 ``gpt2``, ``opt``     learned positions, LayerNorm, plain MLP; GPT-2 fuses q, k and v
 ``phi3``              fused q, k and v, fused gate and up
+``mixtral``,          a mixture of experts in the MLP's place, in Mistral and in Qwen3
+``qwen3_moe``
 ``minimind``          MiniMind since 2026: Qwen3's arithmetic
 ``minimind_first``    MiniMind before April 2025: Llama with rotated neighbours, names of its own
+``minimind_moe``,     the same two with a mixture of experts; the older has one that all meet
+``minimind_first_moe``
 ====================  ==========================================================================
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from interop.family_keymaps import GPT2, MINIMIND_FIRST, OPT, RELATIVES_OF_LLAMA
+from interop.family_keymaps import (
+    EXPERTS,
+    GPT2,
+    MINIMIND_EXPERTS,
+    MINIMIND_FIRST,
+    MINIMIND_FIRST_EXPERTS,
+    MIXTRAL_FILES,
+    OPT,
+    QWEN3_MOE_FILES,
+    RELATIVES_OF_LLAMA,
+)
 from interop.hf_attributes import ACTIVATIONS, NUMBER, REQUIRED, Attribute
-from interop.hf_layers import LayerScheme, alternating, always, late, never, unrotated
+from interop.hf_layers import LayerScheme, alternating, always, if_used, late, never, unrotated
 from interop.hf_rope import RopeScheme
-from interop.keymaps import LLAMA, Keymap
+from interop.keymaps import LLAMA, Keymap, tensor_name
 from lora_jax.models.config import DecoderConfig
 
 Found = Mapping[str, Any]
@@ -41,8 +55,10 @@ class Family(NamedTuple):
       attributes: which set fields of the config.
       layers: what differs from layer to layer.
       keymap: names of its tensors.
+      files: their names in files, where modules in memory have others.
       form: fields that follow from the family: values, or functions of the attributes.
       fixed: attributes that must have one of these values, which may depend on the others'.
+      says: attributes that tell it from others of its ``model_type``.
       harmless: attributes that don't change what is computed, besides those of all families.
       prefix: what older files leave out at the beginning of names.
       counterpart: the family whose class in transformers computes it; itself by default.
@@ -52,8 +68,10 @@ class Family(NamedTuple):
     attributes: tuple[Attribute, ...]
     layers: LayerScheme
     keymap: Keymap = RELATIVES_OF_LLAMA
+    files: Keymap | None = None
     form: Mapping[str, Any] = {}
     fixed: Mapping[str, Known] = {}
+    says: Mapping[str, Any] = {}
     harmless: frozenset[str] = frozenset()
     prefix: str = ""
     counterpart: str | None = None
@@ -160,6 +178,63 @@ _QWEN3 = Family(
     late(RopeScheme(), window=4096, first=28),
     form={"norm.heads": True},
     fixed=_NO_DROPOUT,
+)
+
+# How the loss is made in training, and whether the router's logits are returned.
+_BALANCING = frozenset(("output_router_logits", "router_aux_loss_coef"))
+
+_MIXTRAL = Family(
+    "MixtralForCausalLM",
+    (
+        *_sizes(num_key_value_heads=8, max_position_embeddings=131_072),
+        Attribute("num_local_experts", "experts.count", default=8),
+        Attribute("num_experts_per_tok", "experts.per_token", default=2),
+        _eps(1e-5),
+        _tied(False),
+        _SILU,
+    ),
+    always(RopeScheme(1_000_000.0), window=None),
+    EXPERTS,
+    MIXTRAL_FILES,
+    form={
+        "experts.width": lambda found: found["intermediate_size"],
+        "experts.renormalised": True,
+    },
+    fixed={**_NO_DROPOUT, "router_jitter_noise": (0.0,)},
+    harmless=_BALANCING,
+)
+
+_QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    (
+        *_sizes(num_key_value_heads=4, max_position_embeddings=32_768),
+        # what transformers 5 writes for the next
+        Attribute("num_local_experts", None, default=128),
+        Attribute("num_experts", "experts.count", default=lambda found: found["num_local_experts"]),
+        Attribute("num_experts_per_tok", "experts.per_token", default=8),
+        Attribute("moe_intermediate_size", "experts.width", default=768),
+        Attribute("norm_topk_prob", "experts.renormalised", (bool,), False),
+        _eps(1e-6),
+        _tied(False),
+        _SILU,
+        _BIASED,
+    ),
+    if_used(RopeScheme(), window=4096),
+    EXPERTS,
+    QWEN3_MOE_FILES,
+    form={"norm.heads": True},
+    fixed={
+        **_NO_DROPOUT,
+        "mlp_only_layers": ([],),
+        "decoder_sparse_step": (1,),
+        "num_local_experts": lambda given: (
+            given.get("num_experts", given.get("num_local_experts")),
+        ),
+        "max_window_layers": lambda given: (
+            (0 if given.get("use_sliding_window") else given.get("max_window_layers"),)
+        ),
+    },
+    harmless=_BALANCING,
 )
 
 _SMOLLM3 = Family(
@@ -397,6 +472,25 @@ def _multiple_of_64(found: Found) -> int:
     return step * -(-exact // step)
 
 
+_MINIMIND_WITH_EXPERTS = _MINIMIND._replace(
+    attributes=(
+        *_MINIMIND.attributes,
+        Attribute("num_experts", "experts.count", default=4),
+        Attribute("num_experts_per_tok", "experts.per_token", default=1),
+        Attribute(
+            "moe_intermediate_size",
+            "experts.width",
+            default=lambda found: found["intermediate_size"],
+        ),
+        Attribute("norm_topk_prob", "experts.renormalised", (bool,), True),
+    ),
+    keymap=MINIMIND_EXPERTS,
+    fixed={**_MINIMIND.fixed, "use_moe": (True,)},
+    says={"use_moe": True},
+    harmless=frozenset(("router_aux_loss_coef", "flash_attn", "auto_map")),
+    counterpart="qwen3_moe",
+)
+
 _MINIMIND_FIRST = Family(
     "MiniMindLM",
     (
@@ -422,11 +516,36 @@ _MINIMIND_FIRST = Family(
     counterpart="llama",
 )
 
+_MINIMIND_FIRST_WITH_EXPERTS = _MINIMIND_FIRST._replace(
+    attributes=(
+        *_MINIMIND_FIRST.attributes,
+        Attribute("n_routed_experts", "experts.count", default=4),
+        Attribute("num_experts_per_tok", "experts.per_token", default=2),
+        Attribute("norm_topk_prob", "experts.renormalised", (bool,), True),
+        # whatever it is, False included, there is one; null: there is none
+        Attribute("n_shared_experts", None, (bool, int), True, nullable=True),
+    ),
+    keymap=MINIMIND_FIRST_EXPERTS,
+    form={
+        **_MINIMIND_FIRST.form,
+        "experts.width": lambda found: found["hidden_dim"],
+        "experts.shared_width": lambda found: (
+            0 if found["n_shared_experts"] is None else found["hidden_dim"]
+        ),
+    },
+    fixed={"use_moe": (True,), "dropout": (0.0,), "scoring_func": ("softmax",)},
+    says={"use_moe": True},
+    harmless=frozenset(("aux_loss_alpha", "seq_aux", "flash_attn", "auto_map")),
+    counterpart=None,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    "mixtral": _MIXTRAL,
+    "qwen3_moe": _QWEN3_MOE,
     "smollm3": _SMOLLM3,
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
@@ -436,8 +555,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": _PHI3,
     "minimind": _MINIMIND,
     "minimind_first": _MINIMIND_FIRST,
+    "minimind_moe": _MINIMIND_WITH_EXPERTS,
+    "minimind_first_moe": _MINIMIND_FIRST_WITH_EXPERTS,
 }
-"""By name: ``model_type``, except that MiniMind's generations share theirs."""
+"""By name: ``model_type``, except that all of MiniMind share theirs."""
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -446,13 +567,28 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def keymap_of(config: DecoderConfig) -> Keymap:
-    """How the tensors of a config's checkpoint are named.
+    """How the tensors of a config's model are named, as modules in memory.
 
     >>> from lora_jax.models.presets import TINY
     >>> keymap_of(TINY) is LLAMA
     True
     """
     return family_of(config).keymap
+
+
+def file_keymap(config: DecoderConfig, names: Collection[str] = ()) -> Keymap:
+    """How the tensors of a config's files are named; if ``names`` are those of modules, that.
+
+    >>> from lora_jax.models.presets import TINY
+    >>> file_keymap(TINY) is keymap_of(TINY)
+    True
+    """
+    family = family_of(config)
+    if family.files is None:
+        return family.keymap
+    first = {tensor_name(rule, (0,) * rule.stack) for rule in family.keymap.rules}
+    own = first - {tensor_name(rule, (0,) * rule.stack) for rule in family.files.rules}
+    return family.keymap if own & set(names) else family.files
 
 
 def family_name(attributes: Found) -> str:
@@ -462,9 +598,12 @@ def family_name(attributes: Found) -> str:
     'minimind_first'
     """
     named = attributes.get("model_type") or "llama"
-    return "minimind_first" if named == "minimind" and "dim" in attributes else named
+    if named != "minimind":
+        return named
+    first, experts = "_first" * ("dim" in attributes), "_moe" * (attributes.get("use_moe") is True)
+    return f"minimind{first}{experts}"
 
 
 def model_type(name: str) -> str:
     """What ``config.json`` calls the family."""
-    return "minimind" if name == "minimind_first" else name
+    return "minimind" if name.startswith("minimind") else name

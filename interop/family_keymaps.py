@@ -1,6 +1,9 @@
 """Names of the tensors of families that have more than Llama, or other names."""
 
-from interop.keymaps import LLAMA, Keymap, rules_of
+import re
+from collections.abc import Iterable
+
+from interop.keymaps import LLAMA, Keymap, Rule, rules_of
 
 _LAYER = "model.layers.{i}"
 RELATIVES_OF_LLAMA = LLAMA._replace(
@@ -19,6 +22,42 @@ RELATIVES_OF_LLAMA = LLAMA._replace(
             )
         ),
     )
+)
+
+# A mixture of experts: fused in transformers' modules, one tensor for each expert in files.
+_ROUTER = Rule("layers/mlp/gate/kernel", f"{_LAYER}.mlp.gate.weight", (1, 0), "parameter")
+_DENSE_MLP = re.compile(r"layers/mlp/.*")
+_FUSED = tuple(
+    Rule(f"layers/mlp/experts/{name}", f"{_LAYER}.mlp.experts.{name}", (0, 2, 1), "parameter")
+    for name in ("gate_up_proj", "down_proj")
+)
+
+
+def _with_experts(base: Keymap, router: Rule, experts: Iterable[Rule]) -> Keymap:
+    """The table with a mixture of experts in the place of the MLP."""
+    kept = (rule for rule in base.rules if not _DENSE_MLP.fullmatch(rule.path))
+    return base._replace(rules=(*kept, router, *experts))
+
+
+def _expert_files(expert: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Rules of files that hold every expert's three projections by themselves."""
+    fused, names = "layers/mlp/experts/gate_up_proj", f"{expert}.{{}}.weight"
+    return (
+        Rule(fused, names.replace("{}", gate), (1, 0), "linear", (0, 2)),
+        Rule(fused, names.replace("{}", up), (1, 0), "linear", (1, 2)),
+        Rule("layers/mlp/experts/down_proj", names.replace("{}", down), (1, 0), "linear"),
+    )
+
+
+EXPERTS = _with_experts(RELATIVES_OF_LLAMA, _ROUTER, _FUSED)
+"""Mixtral and Qwen3-MoE as modules of transformers 5."""
+_QWEN3_EXPERT = _expert_files(f"{_LAYER}.mlp.experts.{{e}}", "gate_proj", "up_proj", "down_proj")
+QWEN3_MOE_FILES = _with_experts(RELATIVES_OF_LLAMA, _ROUTER, _QWEN3_EXPERT)
+MINIMIND_EXPERTS = _with_experts(RELATIVES_OF_LLAMA, _ROUTER._replace(kind="linear"), _QWEN3_EXPERT)
+MIXTRAL_FILES = _with_experts(
+    RELATIVES_OF_LLAMA,
+    _ROUTER._replace(name=f"{_LAYER}.block_sparse_moe.gate.weight"),
+    _expert_files(f"{_LAYER}.block_sparse_moe.experts.{{e}}", "w1", "w3", "w2"),
 )
 
 GPT2 = Keymap(
@@ -80,4 +119,17 @@ MINIMIND_FIRST = Keymap(
     ),
     ignored=("pos_cis",),
     copies={"output.weight": "tok_embeddings.weight"},
+)
+
+_EXPERT = "layers.{i}.feed_forward"
+MINIMIND_FIRST_EXPERTS = _with_experts(
+    MINIMIND_FIRST,
+    _ROUTER._replace(name=f"{_EXPERT}.gate.weight"),
+    (
+        *_expert_files(f"{_EXPERT}.experts.{{e}}", "w1", "w3", "w2"),
+        *rules_of(
+            (f"layers/mlp/shared_expert/{ours}", f"{_EXPERT}.shared_experts.{theirs}", "linear")
+            for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        ),
+    ),
 )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from interop.gguf_file import GgufFile, dequantised, open_gguf, require_dequantisable
-from interop.gguf_rotary import to_halves
 from interop.gguf_tokenizer import chat_tokenizer
+from interop.halves import to_halves
 from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble
 from interop.tokenizer import ChatTokenizer
 from lora_jax.errors import InputError

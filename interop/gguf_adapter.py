@@ -24,21 +24,20 @@ import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.gguf_adapter_names import (
-    ARCHITECTURES,
     Place,
+    architecture_of,
     expected_shapes,
+    own_place,
     places,
-    places_of_names,
 )
 from interop.gguf_file import GgufFile, dequantised, open_gguf, require_dequantisable
-from interop.gguf_rotary import to_halves
+from interop.halves import to_halves
 from lora_jax.models.config import DecoderConfig
 
 FORMAT = "gguf"
-ALPHA = "adapter.lora.alpha"
+ARCHITECTURE, ALPHA = "general.architecture", "adapter.lora.alpha"
 # What a file must say beside its architecture, and what it may say without effect.
 IDENTITY = {"general.type": "adapter", "adapter.type": "lora"}
-_ARCHITECTURE = "general.architecture"
 _WITHOUT_EFFECT = ("general.", "adapter.lora.task_name", "adapter.lora.prompt_prefix")
 _PARTS = ("a", "b")
 _SHOWN_AT_MOST = 80
@@ -46,7 +45,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 _ALPHA_OF_ZERO = f"{ALPHA} is 0 or absent: the scale is then 1"
 _NORMS = "norms are trained too: llama.cpp itself doesn't read them, and keeps the base's"
-_FILE_ORDER = "rows of q and k are in llama.cpp's order: only a base's head size puts them back"
+_OWN_NAMES = "names and the order of rows are the file's own: a base's config gives torch's"
 
 
 def read(path: str | os.PathLike, config: DecoderConfig) -> FileAdapter:
@@ -55,43 +54,46 @@ def read(path: str | os.PathLike, config: DecoderConfig) -> FileAdapter:
     Args:
       path: a file as llama.cpp's converter writes it, of any tensor type that the ``gguf``
         package dequantises.
-      config: of the base, which says how many layers there are, how large they are, and how
-        many rows of q and k make a head.
+      config: of the base, which says how tensors are named, how large they are, and how many
+        rows of q and k make a head.
 
     Returns:
       The adapter, float32. Its modules are in the order of the model.
 
     Raises:
-      InputError: no GGUF file or a damaged one, no LoRA adapter, an architecture or a value that
-        isn't implemented; every tensor that is unknown, mis-shaped, without its partner or not
-        finite.
+      InputError: no GGUF file or a damaged one, no LoRA adapter, one of another architecture, a
+        value that isn't implemented; every tensor that is unknown, mis-shaped, without its
+        partner or not finite.
     """
     file = open_gguf(path)
-    return _adapter(file, places(config, _architecture(file)))
+    _require_identity(file, {**IDENTITY, ARCHITECTURE: architecture_of(config).name})
+    return _adapter(file, {place.tensor: place for place in places(config)})
 
 
 def read_for_inspection(path: str | os.PathLike) -> FileAdapter:
-    """The adapter in a GGUF file whose base isn't known, to be looked at and not to be used.
+    """The adapter in a GGUF file by the file's own names, of any architecture: to be looked at.
 
-    B's rows of q and k stay in llama.cpp's order, which changes no rank, norm or singular value.
+    Which modules of torch these are, and whose rows llama.cpp has in another order, only a base
+    says. Neither changes a rank, a norm or a singular value.
 
     Raises:
       InputError: as `read` does, as far as the file alone shows it.
     """
     file = open_gguf(path)
-    bases = [name.rpartition(".lora_")[0] or name for name in file.tensors]
-    found = _adapter(file, places_of_names(dict.fromkeys(bases), _architecture(file)))
-    return found._replace(notes=(*found.notes, _FILE_ORDER))
+    _require_identity(file, IDENTITY)
+    axes = {tensor: len(file.tensors[[*parts.values()][-1]].shape)
+            for tensor, parts in _pairs(file.tensors).items()}  # fmt: skip
+    found = _adapter(file, {tensor: own_place(tensor, n) for tensor, n in axes.items()})
+    return found._replace(notes=(*found.notes, _OWN_NAMES))
 
 
-def _architecture(file: GgufFile) -> str:
-    """The architecture of a file whose metadata are those of an adapter."""
+def _require_identity(file: GgufFile, identity: Mapping[str, str]) -> None:
+    """Raise an InputError unless the metadata are of a LoRA adapter and all understood."""
     metadata = file.metadata
-    allowed = {**{key: (value,) for key, value in IDENTITY.items()}, _ARCHITECTURE: ARCHITECTURES}
     problems = [
-        f"{key} is {_shown(metadata.get(key))}, expected {' or '.join(map(repr, values))}"
-        for key, values in allowed.items()
-        if not any(_is(metadata.get(key), value) for value in values)
+        f"{key} is {_shown(metadata.get(key))}, expected {value!r}"
+        for key, value in identity.items()
+        if not _is(metadata.get(key), value)
     ]
     alpha = metadata.get(ALPHA, 0.0)
     if not (type(alpha) is float and 0 <= alpha < math.inf):
@@ -102,7 +104,6 @@ def _architecture(file: GgufFile) -> str:
         if key not in (*IDENTITY, ALPHA) and not key.startswith(_WITHOUT_EFFECT)
     ]
     raise_all(f"{file.path} can't be read as an adapter", problems)
-    return metadata[_ARCHITECTURE]
 
 
 def _is(value: Any, expected: str) -> bool:
@@ -114,18 +115,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_AT_MOST else f"{text[:_SHOWN_AT_MOST]}..."
 
 
-def _adapter(file: GgufFile, known: Iterable[Place]) -> FileAdapter:
+def _adapter(file: GgufFile, known: Mapping[str, Place]) -> FileAdapter:
     pairs = _pairs(file.tensors)
-    found = [place for place in known if place.tensor in pairs]
-    raise_all(f"{file.path} does not fit", _tensor_problems(file, pairs, found))
+    raise_all(f"{file.path} does not fit", _tensor_problems(file, pairs, known))
     require_dequantisable(file)
+    found = [place for place in known.values() if place.tensor in pairs]
     alpha = _shortest(file.metadata.get(ALPHA, 0.0))
     norms = {f"{p.module}.weight": _values(file, p.tensor) for p in found if p.kind == "norm"}
     modules = {p.module: _module(file, p, alpha) for p in found if p.kind != "norm"}
     remarks = {_ALPHA_OF_ZERO: not alpha, _NORMS: bool(norms)}
     notes = tuple(note for note, holds in remarks.items() if holds)
+    adapter = checked(FileAdapter(FORMAT, modules, norms, notes=notes), file.path)
     raise_all(f"{file.path} overflows float32", _overflows(modules))
-    return checked(FileAdapter(FORMAT, modules, norms, notes=notes), file.path)
+    return adapter
 
 
 def _pairs(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -139,14 +141,13 @@ def _pairs(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _tensor_problems(
-    file: GgufFile, pairs: Mapping[str, Mapping[str, str]], found: Iterable[Place]
+    file: GgufFile, pairs: Mapping[str, Mapping[str, str]], known: Mapping[str, Place]
 ) -> Iterator[str]:
     size = sum(tensor.nbytes for tensor in file.tensors.values())
     if size > len(file.data):
         yield f"tensors of {size} bytes in a file of {len(file.data)}: they overlap"
-    by_tensor = {place.tensor: place for place in found}
     for tensor, parts in pairs.items():
-        place = by_tensor.get(tensor)
+        place = known.get(tensor)
         wanted = ("",) if place and place.kind == "norm" else _PARTS
         if place is None:
             yield f"{tensor!r} is no tensor of the base that can be adapted"
@@ -154,13 +155,13 @@ def _tensor_problems(
             yield f"{tensor!r} has no {', '.join(f'lora_{part}' for part in missing)}"
         elif len(parts) > len(wanted):
             yield f"{tensor!r} itself is in the file beside its factors"
-        else:
+        elif place.sizes:
             yield from _shape_problems(place, [file.tensors[parts[part]].shape for part in wanted])
 
 
 def _shape_problems(place: Place, shapes: list[tuple[int, ...]]) -> Iterator[str]:
-    """Where the shapes of A and B, or of a norm, are not those of the place."""
-    expected = expected_shapes(place, *shapes)
+    """Where the shapes of A and B, or of a norm, are not those of the model."""
+    expected = expected_shapes(place, shapes[-1][-1])
     if shapes != expected:
         yield f"{place.tensor!r} has {_joined(shapes)}, expected {_joined(expected)}"
 
@@ -171,10 +172,10 @@ def _joined(shapes: Iterable[tuple[int, ...]]) -> str:
 
 def _module(file: GgufFile, place: Place, alpha: float) -> ModuleAdapter:
     a, b = (_values(file, f"{place.tensor}.lora_{part}") for part in _PARTS)
-    scale = alpha / b.shape[1] if alpha else 1.0
-    if place.kind == "embedding":
-        return ModuleAdapter(a.T, b, scale, "embedding")
-    return ModuleAdapter(a, to_halves(b, place.head_dim) if place.head_dim else b, scale)
+    kind = "linear" if place.kind == "norm" else place.kind
+    scale = alpha / b.shape[-1] if alpha else 1.0
+    b = to_halves(b, place.head_dim) if place.head_dim else b
+    return ModuleAdapter(a.T if kind == "embedding" else a, b, scale, kind)
 
 
 def _overflows(modules: Mapping[str, ModuleAdapter]) -> Iterator[str]:

@@ -1,32 +1,69 @@
-"""Which tensor of a llama.cpp adapter belongs to which torch module, by architecture."""
+"""Which tensor of a llama.cpp adapter belongs to which torch module, by family of the base.
 
-import re
-from collections.abc import Iterable, Mapping
+====================  ============  ==========================================
+family of the config  architecture  rows of q and k
+====================  ============  ==========================================
+llama, mistral        ``llama``     neighbours (`interop.halves`)
+minimind_first        ``llama``     as they are: the model rotates neighbours
+smollm3               ``smollm3``   neighbours
+qwen2                 ``qwen2``     as they are
+qwen3, minimind       ``qwen3``     as they are
+gemma, ...            ``gemma``     as they are
+phi3                  ``phi3``      as they are, fused
+====================  ============  ==========================================
+"""
+
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from interop.keymaps import LLAMA, LLAMA_GGUF, Keymap, Rule, indices, tensor_name
+from interop.families import FAMILIES
+from interop.keymaps import LLAMA_GGUF, Keymap, Rule, indices, rules_of, tensor_name
+from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 
-PlaceKind = Literal["linear", "embedding", "norm"]
-
-_KINDS: dict[str, PlaceKind] = {"linear": "linear", "embedding": "embedding", "other": "norm"}
-_LAYER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,5})(?=\.)")
+PlaceKind = Literal["linear", "embedding", "experts", "norm"]
 
 
 class Architecture(NamedTuple):
-    """The names of one ``general.architecture``."""
+    """What llama.cpp calls a family and makes of its tensors."""
 
-    torch: Keymap
-    gguf: Keymap
-    reordered: tuple[str, ...]
-    """The leaves whose output rows llama.cpp has in its own order (`interop.gguf_rotary`)."""
+    name: str
+    """``general.architecture``"""
+    reorders: bool = False
+    """Output rows of q and k are in the order of rotated neighbours."""
+    has_norms: bool = True
+    """Norms are stored as torch has them; Gemma's are not."""
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        LLAMA, LLAMA_GGUF, ("layers/self_attn/q_proj/kernel", "layers/self_attn/k_proj/kernel")
-    )
+    "llama": Architecture("llama", reorders=True),
+    "mistral": Architecture("llama", reorders=True),
+    "minimind_first": Architecture("llama", reorders=True),
+    "smollm3": Architecture("smollm3", reorders=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "minimind": Architecture("qwen3"),
+    "gemma": Architecture("gemma", has_norms=False),
+    "gemma2": Architecture("gemma2", has_norms=False),
+    "gemma3_text": Architecture("gemma3", has_norms=False),
+    "phi3": Architecture("phi3"),
 }
+
+_GGUF = Keymap(
+    (
+        *LLAMA_GGUF.rules,
+        *rules_of(
+            (
+                ("layers/self_attn/qkv_proj", "blk.{i}.attn_qkv", "linear"),
+                ("layers/self_attn/q_norm", "blk.{i}.attn_q_norm", "norm"),
+                ("layers/self_attn/k_norm", "blk.{i}.attn_k_norm", "norm"),
+                ("layers/mlp/gate_up_proj", "blk.{i}.ffn_up", "linear"),
+            )
+        ),
+    )
+)
+_REORDERED = ("layers/self_attn/q_proj/kernel", "layers/self_attn/k_proj/kernel")
+_KINDS: dict[str, PlaceKind] = {"linear": "linear", "embedding": "embedding", "other": "norm"}
 
 
 class Place(NamedTuple):
@@ -37,84 +74,90 @@ class Place(NamedTuple):
     module: str
     """In torch."""
     kind: PlaceKind
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
     """Inputs and outputs; of a norm its width; () where no model is known."""
-    head_dim: int | None = 0
-    """Of heads whose rows are reordered; 0 where none are, ``None`` where no model is known."""
+    head_dim: int = 0
+    """Of heads whose rows are reordered; 0 where none are."""
 
 
-def places(config: DecoderConfig, architecture: str) -> list[Place]:
+def architecture_of(config: DecoderConfig) -> Architecture:
+    """The architecture that llama.cpp has for a base.
+
+    Raises:
+      InputError: none that is known here.
+    """
+    if found := ARCHITECTURES.get(config.family):
+        return found
+    raise InputError(
+        f"GGUF adapters of the family {config.family!r} are not implemented: there are those of "
+        f"{', '.join(ARCHITECTURES)}"
+    )
+
+
+def places(config: DecoderConfig) -> list[Place]:
     """Every tensor of a model that an adapter file may have, in the order of the model.
 
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=1,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=2)
-    >>> for place in places(config, "llama")[:3]: print(*place)
-    token_embd.weight model.embed_tokens embedding (8, 4) 0
-    blk.0.attn_norm.weight model.layers.0.input_layernorm norm (4,) 0
-    blk.0.attn_q.weight model.layers.0.self_attn.q_proj linear (4, 4) 2
+    >>> from lora_jax.models.presets import TINY
+    >>> for place in places(TINY)[:2]: print(*place)
+    token_embd.weight model.embed_tokens embedding (320, 64) 0
+    blk.0.attn_norm.weight model.layers.0.input_layernorm norm (64,) 0
     """
     from lora_jax.models.decoder import leaf_shapes
 
-    names = ARCHITECTURES[architecture]
-    rules, torch_names = _weights(names.gguf), _weights(names.torch)
-    known = leaf_shapes(config)
-    shapes = {path: known[path] for path in rules if path in known}
+    architecture = architecture_of(config)
+    gguf, torch = _weights(_GGUF), _weights(FAMILIES[config.family].keymap)
     found = []
-    for path, shape in shapes.items():
-        rule = rules[path]
-        rotated = path in names.reordered and not config.rope_interleaved
-        kind, head_dim = _KINDS[rule.kind], config.head_dim if rotated else 0
+    for path, shape in leaf_shapes(config).items():
+        rule = gguf.get(path)
+        if rule is None or (_KINDS[rule.kind] == "norm" and not architecture.has_norms):
+            continue
+        turned = architecture.reorders and path in _REORDERED and not config.rope_interleaved
+        sizes, head_dim = shape[rule.stack :], config.head_dim if turned else 0
         for index in indices(rule, shape):
-            module = tensor_name(torch_names[path], index).removesuffix(".weight")
+            module = tensor_name(torch[path], index).removesuffix(".weight")
             tensor = tensor_name(rule, index)
-            found.append(Place(tensor, module, kind, shape[rule.stack :], head_dim))
+            found.append(Place(tensor, module, _KINDS[rule.kind], sizes, head_dim))
     return found
 
 
-def modules_of_tables(config: DecoderConfig, architecture: str) -> tuple[str, ...]:
+def own_place(tensor: str, axes: int) -> Place:
+    """The place of a tensor in a model that isn't known, under the file's own name.
+
+    Args:
+      tensor: of the base, in the file.
+      axes: how many it has there, or its B.
+
+    >>> print(*own_place("blk.3.ffn_up_exps.weight", 3)[:3])
+    blk.3.ffn_up_exps.weight blk.3.ffn_up_exps experts
+    """
+    kinds: dict[bool, PlaceKind] = {
+        True: "linear",
+        axes == 3: "experts",
+        tensor == "token_embd.weight": "embedding",
+        tensor.endswith("_norm.weight"): "norm",
+    }
+    return Place(tensor, tensor.removesuffix(".weight"), kinds[True])
+
+
+def modules_of_tables(config: DecoderConfig) -> tuple[str, ...]:
     """The torch modules that share one table, where a model's head is tied to its embedding."""
-    copies = ARCHITECTURES[architecture].torch.copies if config.tie_embeddings else {}
+    copies = FAMILIES[config.family].keymap.copies if config.tie_embeddings else {}
     return tuple(name.removesuffix(".weight") for pair in copies.items() for name in pair)
 
 
-def places_of_names(tensors: Iterable[str], architecture: str) -> list[Place]:
-    """The places of those tensors that the architecture knows, for a model that isn't known.
+def expected_shapes(place: Place, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of A and B in the file, or of a norm.
 
-    >>> places_of_names(["blk.7.ffn_up.weight", "blk.x.ffn_up.weight"], "llama")[0].module
-    'model.layers.7.mlp.up_proj'
-    """
-    names = ARCHITECTURES[architecture]
-    rules = {rule.name: rule for rule in _weights(names.gguf).values()}
-    torch_names = _weights(names.torch)
-    found = []
-    for tensor in tensors:
-        layer = _LAYER.search(tensor)
-        index = (int(layer[0]),) if layer else ()
-        template = f"{tensor[: layer.start()]}{{i}}{tensor[layer.end() :]}" if layer else tensor
-        if rule := rules.get(template):
-            module = tensor_name(torch_names[rule.path], index).removesuffix(".weight")
-            head_dim = None if rule.path in names.reordered else 0
-            found.append(Place(tensor, module, _KINDS[rule.kind], (), head_dim))
-    return found
-
-
-def expected_shapes(place: Place, *found: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of A and B in the file, or of a norm, given those that it has.
-
-    The rank is that of B, and where no model is known so are the sizes.
-
-    >>> expected_shapes(Place("output.weight", "lm_head", "linear", (4, 8)), (3, 5), (6, 2))
+    >>> expected_shapes(Place("output.weight", "lm_head", "linear", (4, 8)), 2)
     [(2, 4), (8, 2)]
-    >>> expected_shapes(Place("token_embd.weight", "", "embedding", ()), (8, 2), (4, 2))
+    >>> expected_shapes(Place("token_embd.weight", "", "embedding", (8, 4)), 2)
     [(8, 2), (4, 2)]
     """
-    first, last = found[0], found[-1]
     if place.kind == "norm":
-        return [place.sizes or last[:1]]
-    is_table = place.kind == "embedding"
-    inputs, outputs = place.sizes or (first[0 if is_table else -1], last[0])
-    rank = last[-1]
-    return [(inputs, rank) if is_table else (rank, inputs), (outputs, rank)]
+        return [place.sizes]
+    inputs, outputs = place.sizes
+    a = (inputs, rank) if place.kind == "embedding" else (rank, inputs)
+    return [a, (outputs, rank)]
 
 
 def _weights(table: Keymap) -> dict[str, Rule]:

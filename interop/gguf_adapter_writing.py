@@ -14,13 +14,11 @@ from typing import Literal
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
-from interop.gguf_adapter import ALPHA, IDENTITY
-from interop.gguf_adapter_names import Place, modules_of_tables, places
-from interop.gguf_rotary import to_neighbours
+from interop.gguf_adapter import ALPHA, ARCHITECTURE, IDENTITY
+from interop.gguf_adapter_names import Place, architecture_of, modules_of_tables, places
 from interop.gguf_writing import write_gguf
+from interop.halves import to_neighbours
 from lora_jax.models.config import DecoderConfig
-
-_LLAMA = "llama"
 
 Dtype = Literal["float32", "float16"]
 
@@ -39,7 +37,7 @@ def write(
     Args:
       path: the file; one that exists is replaced, and it appears whole or not at all.
       adapter: pairs of linear layers, and of the embedding table if the head has its own.
-      config: of the base, one that llama.cpp calls ``llama``.
+      config: of the base, of a family in `interop.gguf_adapter_names.ARCHITECTURES`.
       dtype: of A and B. With ``float16`` the file is half as large, and llama.cpp rounds the
         layers' inputs to float16 as well.
 
@@ -50,7 +48,7 @@ def write(
       InputError: everything that the format or llama.cpp can't hold, by name; the adapter
         doesn't fit the base; the file can't be written.
     """
-    known = {place.module: place for place in places(config, _LLAMA) if place.kind != "norm"}
+    known = {place.module: place for place in places(config) if place.kind != "norm"}
     modules = {name: module for name, module in adapter.modules.items() if module.rank}
     raise_all("a GGUF file can't hold the adapter", _problems(adapter, modules, config))
     raise_all("the adapter does not fit the model", _misfits(modules, known))
@@ -63,7 +61,7 @@ def write(
         for part, array in _factors(modules[name], factors[name], place, dtype).items()
     }
     raise_all(f"values overflow {dtype}", _overflowing(tensors))
-    metadata = {"general.architecture": _LLAMA, **IDENTITY, ALPHA: alpha}
+    metadata = {ARCHITECTURE: architecture_of(config).name, **IDENTITY, ALPHA: alpha}
     write_gguf(path, metadata, tensors)
     return tuple(_notes(factors))
 
@@ -124,7 +122,7 @@ def _problems(
             yield f"{name!r} has a DoRA magnitude: merge the adapter into the base"
         if module.bias is not None:
             yield f"{name!r} has a bias on B: merge the adapter into the base"
-    for name in modules.keys() & modules_of_tables(config, _LLAMA):
+    for name in sorted(modules.keys() & modules_of_tables(config)):
         yield (
             f"{name!r} is of the table that embedding and head share, and llama.cpp fails to "
             "apply one pair to both: merge the adapter, or untie the base"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from interop.families import family_of, keymap_of
+from interop.families import family_of, file_keymap, keymap_of
 from interop.halves import in_halves
 from interop.hf_config import read_config, to_attributes
-from interop.keymaps import flatten, from_torch, to_torch
+from interop.keymaps import Keymap, flatten, from_torch, to_torch
 from interop.tokenizer import ChatTokenizer, token_ids, with_pad, write_tokenizer
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError
@@ -65,7 +65,8 @@ def params_of(
     prefix = family_of(config).prefix
     if prefix and not any(name.startswith(prefix) for name in tensors):
         tensors = {_whole_name(name, prefix): tensor for name, tensor in tensors.items()}
-    return from_torch(tensors, keymap_of(config), leaf_shapes(config), dtype=dtype)
+    table = file_keymap(config, tensors.keys())
+    return from_torch(tensors, table, leaf_shapes(config), dtype=dtype)
 
 
 def _whole_name(name: str, prefix: str) -> str:
@@ -102,7 +103,7 @@ def write(
       InputError: parameters that don't fit the config, an arithmetic that the attributes of the
         config's family can't say, a directory that holds something or can't be written.
     """
-    tensors = _tensors(config, params)
+    tensors = _tensors(config, params, file_keymap(config))
     attributes = to_attributes(config, dtype=_common_dtype(tensors))
     chat = None
     if tokenizer is not None:
@@ -124,18 +125,22 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTra
     neighbours are brought into the order of rotated halves.
 
     Raises:
-      InputError: parameters that don't fit the config, or what the family can't say.
+      InputError: parameters that don't fit the config, what the family can't say, or a family
+        that transformers doesn't have.
     """
     import torch
     import transformers
     from transformers.utils import logging
 
-    config, params = _counterpart(config, params)
+    config, params = in_transformers(config, params)
     weights = {
         name: torch.from_numpy(np.array(array, np.float32, order="C"))
-        for name, array in _tensors(config, params).items()
+        for name, array in _tensors(config, params, keymap_of(config)).items()
     }
-    model_class = getattr(transformers, family_of(config).architecture)
+    name = family_of(config).architecture
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise InputError(f"transformers has no {name}, nor a class of its own that computes it")
     attributes = to_attributes(config, dtype="float32")
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -152,17 +157,24 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTra
     return model.eval()
 
 
-def _counterpart(
+def in_transformers(
     config: DecoderConfig, params: Mapping[str, Any]
 ) -> tuple[DecoderConfig, Mapping[str, Any]]:
-    """The same model in a family that transformers has."""
-    name = family_of(config).counterpart
-    if name is None:
+    """The same model in a family that transformers has: MiniMind as Llama or Qwen3."""
+    if family_of(config).counterpart is None:
         return config, params
-    return in_halves(replace(config, family=name), params)
+    return counterpart(config), in_halves(config, params)
 
 
-def _tensors(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def counterpart(config: DecoderConfig) -> DecoderConfig:
+    """The config of `in_transformers`."""
+    name = family_of(config).counterpart
+    return config if name is None else replace(config, family=name, rope_interleaved=False)
+
+
+def _tensors(
+    config: DecoderConfig, params: Mapping[str, Any], table: Keymap
+) -> dict[str, np.ndarray]:
     """The parameters under their torch names, once they are known to fit the config."""
     expected = leaf_shapes(config)
     shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()}
@@ -173,7 +185,7 @@ def _tensors(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.n
     ]
     if wrong:
         raise InputError(f"the parameters don't fit the config: {'; '.join(wrong)}")
-    return to_torch(params, keymap_of(config))
+    return to_torch(params, table)
 
 
 def _common_dtype(tensors: Mapping[str, np.ndarray]) -> str:

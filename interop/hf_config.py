@@ -14,11 +14,11 @@ from interop.hf_layers import layer_attributes, layer_faults, layer_kinds
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.forms import AttentionForm, MLPForm, NormForm
+from lora_jax.models.forms import AttentionForm, ExpertsForm, MLPForm, NormForm
 
 _DTYPES = ("dtype", "torch_dtype")
-_FORMS = {"norm": NormForm, "attention": AttentionForm, "mlp": MLPForm}
-_HOW_IT_RUNS = ("dtype", "remat", "scan_unroll")
+_FORMS = {"norm": NormForm, "attention": AttentionForm, "mlp": MLPForm, "experts": ExpertsForm}
+_HOW_IT_RUNS = ("dtype", "remat", "scan_unroll", "expert_products")
 
 # Of every family: what asks for something the decoder doesn't do, unless it has this value.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -144,9 +144,13 @@ def to_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     2
     """
     family = family_of(config)
+    routed = any((a.field or "").startswith("experts.") for a in family.attributes)
+    if routed and config.experts is None:
+        raise InputError(f"experts=None has no counterpart in a config.json of {config.family}")
     attributes = {
         "architectures": [family.architecture],
         "model_type": model_type(config.family),
+        **family.says,
         **{a.name: a.of(config) for a in family.attributes if a.field},
         **layer_attributes(family.layers, config.kind_of_layer),
         "dtype": dtype,
@@ -182,7 +186,7 @@ def _built(fields: Mapping[str, Any]) -> DecoderConfig:
     for path, value in fields.items():
         group, _, name = path.rpartition(".")
         grouped[group][name] = value
-    forms = {name: form(**grouped[name]) for name, form in _FORMS.items()}
+    forms = {name: form(**grouped[name]) for name, form in _FORMS.items() if grouped[name]}
     return DecoderConfig(**grouped[""], **forms)
 
 

@@ -63,6 +63,16 @@ def always(rope: RopeScheme, window: int | None) -> LayerScheme:
     )
 
 
+def if_used(rope: RopeScheme, window: int) -> LayerScheme:
+    """If ``use_sliding_window`` says so, every layer has the window."""
+
+    def windowed(found: Found) -> list[bool]:
+        used = found["use_sliding_window"] and found["sliding_window"] is not None
+        return [used] * _count(found)
+
+    return LayerScheme(rope, windowed, (_USED, _sliding(window)))
+
+
 def late(rope: RopeScheme, window: int, first: int) -> LayerScheme:
     """If at all, the layers from ``max_window_layers`` on have a window."""
 

@@ -11,7 +11,7 @@ _LAYOUTS: dict[str, tuple[tuple[int, ...], Kind]] = {
     "": ((), "other"),
     "embedding": ((), "embedding"),
     "linear": ((1, 0), "linear"),
-    "linear in_out": ((), "linear"),
+    "linear in_out": ((), "linear_in_out"),
     "conv1d": ((2, 1, 0), "conv"),
     "conv2d": ((3, 2, 0, 1), "conv"),
     "conv3d": ((4, 3, 0, 1, 2), "conv"),

@@ -6,6 +6,7 @@ and torch keeps linear weights as (out, in)::
     layers/self_attn/q_proj/kernel (L, in, out)  <->  model.layers.{i}.self_attn.q_proj.weight
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,9 @@ Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
 
-Kind = Literal["linear", "embedding", "conv", "parameter", "other"]
+Kind = Literal[
+    "linear", "linear_in_out", "embedding", "conv", "parameter", "parameter_in_out", "other"
+]
 
 
 class Rule(NamedTuple):
@@ -37,11 +40,14 @@ class Rule(NamedTuple):
 
     path: str
     name: str
-    order: tuple[int, ...] = ()
-    """Which axis of the leaf, below its stack, each axis of the tensor is; () where they agree."""
+    order: tuple[int | tuple[int, ...], ...] = ()
+    """Which axis of the leaf, below its stack, each axis of the tensor is; () where they agree.
+    A tensor's axis that is several of the leaf's, as of heads, has a tuple: ``((1, 2), 0)``."""
     kind: Kind = "other"
-    """The torch module: ``linear``, ``embedding``, ``conv``; ``parameter`` for a weight without a
-    module of its own, as of stacked experts; ``other`` has no adapter in torch."""
+    """The torch module: ``linear`` (out, in); ``linear_in_out``, as the ``Conv1D`` of transformers
+    keeps it; ``embedding``; ``conv`` (out, in, window); ``parameter`` for a weight without a
+    module of its own, as of stacked experts (expert, out, in), or ``parameter_in_out``; ``other``
+    has no adapter in torch."""
     part: tuple[int, int] = (0, 1)
     """The tensor is the first of the pair, counted from 0, of so many equal parts of the leaf's
     last axis, as gate and up are of a fused weight."""
@@ -50,6 +56,15 @@ class Rule(NamedTuple):
     def stack(self) -> int:
         """How many leading axes of the leaf the name's indices run along."""
         return len(_placeholders(self.name)) - len(_placeholders(self.path))
+
+    def axes(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """The axes of the leaf, of which there are ``rank`` below its stack, by the tensor's.
+
+        >>> Rule("q/kernel", "q.weight", ((1, 2), 0)).axes(3)
+        ((1, 2), (0,))
+        """
+        order = self.order or range(rank)
+        return tuple((axis,) if type(axis) is int else tuple(axis) for axis in order)
 
 
 class Keymap(NamedTuple):
@@ -89,7 +104,7 @@ _LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
     "layer_norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
     "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),
     # torch's linear layer of GPT-2, which keeps its weight as we do
-    "conv1d": (("kernel", "weight", (), "linear"), ("bias", "bias", (), "other")),
+    "conv1d": (("kernel", "weight", (), "linear_in_out"), ("bias", "bias", (), "other")),
 }
 
 _LLAMA_MODULES = (
@@ -197,6 +212,7 @@ def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
         for path, leaf in leaves.items()
         for rule in rules[path]
         for name, tensor in _tensors(rule, np.asarray(leaf))
+        for tensor in [tensor.reshape(tensor_shape(rule, np.shape(leaf)))]
     }
 
 
@@ -251,7 +267,7 @@ def assemble(
         leaf = np.empty(shape, found[first].dtype if dtype is None else np.dtype(dtype))
         for rule in rules[path]:
             for name, target in _tensors(rule, leaf):
-                copy_into(target, fetch(name))
+                copy_into(target, fetch(name).reshape(target.shape))
         leaves[path] = leaf
     return nest(leaves)
 
@@ -306,16 +322,19 @@ def tensor_shape(rule: Rule, shape: Shape) -> Shape:
     """
     inner = shape[rule.stack :]
     inner = (*inner[:-1], inner[-1] // rule.part[1]) if inner else inner
-    return tuple(inner[axis] for axis in rule.order) if rule.order else inner
+    return tuple(math.prod(inner[axis] for axis in axes) for axes in rule.axes(len(inner)))
 
 
 def tensor_view(rule: Rule, leaf: np.ndarray, index: Index = ()) -> np.ndarray:
-    """The rule's tensor at one index of the leaf's stack, as a view of the leaf."""
+    """The rule's tensor at one index of the leaf's stack, as a view of the leaf.
+
+    Axes of the leaf that the tensor has as one stay apart: `tensor_shape` is what it has.
+    """
     (number, count), inner = rule.part, leaf[(*index, ...)]
     if count > 1:
         width = inner.shape[-1] // count
         inner = inner[..., number * width : (number + 1) * width]
-    return inner.transpose(rule.order) if rule.order else inner
+    return inner.transpose(sum(rule.axes(inner.ndim), ()))
 
 
 def indices(rule: Rule, shape: Shape) -> list[Index]:
@@ -367,6 +386,7 @@ def _names(rule: Rule, shape: Shape) -> list[str]:
 
 
 def _tensors(rule: Rule, leaf: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    """Each tensor of the rule, by name, as a view of the leaf; axes that it has as one apart."""
     for index in indices(rule, leaf.shape):
         yield tensor_name(rule, index), tensor_view(rule, leaf, index)
 

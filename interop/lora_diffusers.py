@@ -34,8 +34,9 @@ from interop.adapter_format import (
     rank_in,
     save,
     unheld,
+    without_repeats,
 )
-from interop.peft_matching import PeftConfig, adapted_modules, pattern_problems
+from interop.peft_matching import PeftConfig, adapted_modules
 from lora_jax.errors import InputError
 
 METADATA = "lora_adapter_metadata"
@@ -64,9 +65,8 @@ _NO_ALPHA = "neither alphas nor a config: the scale is 1 where it was alpha / ra
 def read_diffusers(content: Content, given: Given) -> FileAdapter:
     """Read a pipeline's LoRA weights; modules have the component before their names."""
     names = {name: _today(name) for name in content.tensors}
-    if len({*names.values()}) < len(names):
-        raise InputError(f"{content.path} holds tensors under old names and today's")
-    renamed = content._replace(tensors={names[n]: t for n, t in content.tensors.items()})
+    tensors = without_repeats(((names[n], t) for n, t in content.tensors.items()), content)
+    renamed = content._replace(tensors=tensors)
     found = by_module(renamed, _FIELDS, "diffusers")
     scales, notes = _scales(found, content)
     modules, problems = {}, []
@@ -186,7 +186,6 @@ def _scales_of_config(
     whole = PeftConfig(**{**known, "target_modules": modules, "exclude_modules": None,
                           "modules_to_save": None, "layers_to_transform": None,
                           "layers_pattern": None})  # fmt: skip
-    raise_all(f"{content.path}: {METADATA} of {component!r}", pattern_problems(whole))
     settings = adapted_modules(whole, modules)
     wrong = [
         f"{component}.{name} has rank {rank_in(found[f'{component}.{name}']['a'])}, its config "
@@ -202,7 +201,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not _is_rank(config.get("r")):
         yield f"r is {config.get('r')!r}, expected a positive whole number"
     if not _is_alpha(config.get("lora_alpha")):
-        yield f"lora_alpha is {config.get('lora_alpha')!r}, expected a positive finite number"
+        yield f"lora_alpha is {config.get('lora_alpha')!r}, expected a finite number, 0 or more"
     for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
@@ -214,7 +213,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) in (int, float) and 0 <= value < float("inf")
 
 
 def _config(modules: Mapping[str, ModuleAdapter]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from interop.adapter_format import (
     rank_in,
     save,
     unheld,
+    without_repeats,
 )
 from lora_jax.errors import InputError
 
@@ -69,6 +70,7 @@ def read_kohya(content: Content, given: Given) -> FileAdapter:
     raise_all(f"{content.path} is no LoRA", _other_methods(content.tensors))
     found = by_module(content, _FIELDS, "kohya", needed=("down", "up"))
     names = _resolved(found, given, content)
+    without_repeats(((name, flat) for flat, name in names.items()), content)
     modules, problems = {}, []
     for flat, at in found.items():
         try:

@@ -9,10 +9,19 @@ from pathlib import Path
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
 from interop.adapter_folding import with_one_rank, with_scales
-from interop.adapter_format import Content, Format, Given, by_module, in_dtype, save, unheld
-from interop.gguf_rotary import to_halves
+from interop.adapter_format import (
+    Content,
+    Format,
+    Given,
+    by_module,
+    head_problems,
+    in_dtype,
+    save,
+    unheld,
+    without_repeats,
+)
+from interop.halves import to_halves
 from interop.lora_pth import LAYOUTS, has, named, unwrapped
-from lora_jax.errors import InputError
 
 # MiniMind's modules until April 2025, by what Llama's are called in Hugging Face.
 _FIRST_MINIMIND = {
@@ -43,7 +52,10 @@ def read_minimind(content: Content, given: Given) -> FileAdapter:
     if given.head_dim is None:
         note = "its names are MiniMind's of the first generation: give head_dim to have Llama's"
         return file._replace(notes=(note,))
-    return file._replace(modules=dict(_renamed(modules, given.head_dim)))
+    turned = {n: m.b for n, m in modules.items() if _first_generation(n) in _TURNED}
+    raise_all(f"{content.path} can't be read", head_problems(turned, given.head_dim))
+    renamed = _renamed(modules, given.head_dim)
+    return file._replace(modules=without_repeats(renamed, content))
 
 
 def write_minimind(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
@@ -73,8 +85,6 @@ def _renamed(
         if llama is None or layer is None:
             yield name, module
             continue
-        if llama in _TURNED and module.b.shape[0] % head_dim:
-            raise InputError(f"{name!r} has {module.b.shape[0]} rows, no heads of {head_dim}")
         b = to_halves(module.b, head_dim) if llama in _TURNED else module.b
         yield f"model.{layer[1]}.{llama}", module._replace(b=b)
 

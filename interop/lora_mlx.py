@@ -40,6 +40,7 @@ from interop.adapter_format import (
     kind_of,
     save_directory,
     unheld,
+    without_repeats,
 )
 from lora_jax.manifest import to_json
 
@@ -62,11 +63,8 @@ def read_mlx(content: Content, given: Given) -> FileAdapter:
     settings = config["lora_parameters"]
     raise_all(f"{content.path} is no mlx adapter", _tensor_problems(found, config, given))
     scale = float(settings["scale"])
-    modules = {
-        new: module
-        for name, at in found.items()
-        for new, module in _modules(name, at, scale, given)
-    }
+    each = (pair for name, at in found.items() for pair in _modules(name, at, scale, given))
+    modules = without_repeats(each, content)
     notes = kind_notes(modules, given)
     return checked(FileAdapter("mlx", modules, shares_tables=True, notes=notes), content.path)
 

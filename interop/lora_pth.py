@@ -15,7 +15,7 @@ Source: loralib 0.1.2 of https://github.com/microsoft/LoRA
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from interop.adapter_format import (
     Holds,
     alpha_of,
     by_module,
+    checked_alpha,
     in_dtype,
     kind_notes,
     kind_of,
@@ -101,7 +102,7 @@ def write_loralib(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...
         problems.append(f"loralib files hold biases alone, not {listed(map(repr, not_biases))}")
     raise_all(f"can't write {path}", problems)
     stored = _stored_factors(file.modules, given, path)
-    alpha = given.alpha or common_alpha(file.modules, lambda name, _: stored[name].r)
+    alpha = checked_alpha(given) or common_alpha(file.modules, lambda name, _: stored[name].r)
     scaled, notes = with_scales(file.modules, lambda name, _: alpha / stored[name].r)
     stored = _stored_factors(scaled, given, path)
     layout = LAYOUTS["loralib"]
@@ -129,7 +130,7 @@ def read_lora_layer(content: Content, given: Given) -> FileAdapter:
 def write_lora_layer(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     """Write the parameters of a tutorial's LoRALayer, input axis first."""
     raise_all(f"can't write {path}", unheld(file, FORMATS["lora_layer"].holds, "lora_layer"))
-    alpha = given.alpha or common_alpha(file.modules, lambda _, module: module.rank)
+    alpha = checked_alpha(given) or common_alpha(file.modules, lambda _, module: module.rank)
     modules, notes = with_scales(file.modules, lambda _, module: alpha / module.rank)
     save(path, in_dtype(named(modules, LAYOUTS["lora_layer"]), given))
     return (*notes, _told_alpha(alpha))
@@ -162,10 +163,16 @@ def _mask(name: str, given: Given) -> tuple[bool, ...] | None:
     return tuple(map(bool, found[0])) if found else None
 
 
+def _unused_masks(names: Iterable[str], given: Given) -> list[str]:
+    dotted = [f".{name}" for name in names]
+    unused = [end for end in given.enable_lora if not any(n.endswith(f".{end}") for n in dotted)]
+    return [f"enable_lora names no module of it: {listed(map(repr, unused))}"] if unused else []
+
+
 def _plain_factors(
     pairs: Mapping[str, Mapping[str, np.ndarray]], given: Given, content: Content
 ) -> tuple[dict[str, Factors], tuple[str, ...]]:
-    plain, problems = {}, []
+    plain, problems = {}, _unused_masks(pairs, given)
     for name, at in pairs.items():
         try:
             plain[name] = _plain(name, at["a"], at["b"], given)
@@ -199,7 +206,7 @@ def _plain(name: str, a: np.ndarray, b: np.ndarray, given: Given) -> Factors:
 def _stored_factors(
     modules: Mapping[str, ModuleAdapter], given: Given, path: Path
 ) -> dict[str, Factors]:
-    stored, problems = {}, []
+    stored, problems = {}, _unused_masks(modules, given)
     for name, module in modules.items():
         mask = _mask(name, given)
         try:

@@ -29,12 +29,14 @@ from interop.adapter_format import (
     Holds,
     alpha_of,
     by_module,
+    checked_alpha,
+    head_problems,
     in_dtype,
     rank_in,
     save,
     unheld,
 )
-from interop.gguf_rotary import to_halves, to_neighbours
+from interop.halves import to_halves, to_neighbours
 from interop.lora_pth import has
 
 _NAMES = {
@@ -58,7 +60,8 @@ _MAGNITUDES = (
 def read_torchtune(content: Content, given: Given) -> FileAdapter:
     """Read an adapter checkpoint of torchtune, alpha from the caller or the config beside it."""
     found = by_module(content, _FIELDS, "torchtune")
-    told = given._replace(alpha=given.alpha or content.config.get("lora_alpha"))
+    beside = content.config.get("lora_alpha")
+    told = given._replace(alpha=beside if given.alpha is None else given.alpha)
     alpha = alpha_of(told, content, "torchtune")
     names = {name: _hugging_face(name) for name in found}
     problems = _unknown(names, "torchtune") + _turning_problems(names, found, given)
@@ -83,7 +86,7 @@ def write_torchtune(path: Path, file: FileAdapter, given: Given) -> tuple[str, .
     problems += _turning_problems({name: name for name in names}, arrays, given)
     raise_all(f"can't write {path}", problems)
     modules, filling = with_one_rank(file.modules)
-    alpha = given.alpha or common_alpha(modules, lambda _, module: module.rank)
+    alpha = checked_alpha(given) or common_alpha(modules, lambda _, module: module.rank)
     modules, scaling = with_scales(modules, lambda _, module: alpha / module.rank)
     tensors = {
         f"{names[name]}{end}": array
@@ -130,10 +133,7 @@ def _turning_problems(
             f"rows of {listed(map(repr, turned))} are in the order of neighbours: give head_dim, "
             "or rotary='halves' for a model of torchtune's that rotates as Hugging Face's"
         ]
-    if given.head_dim < 2 or given.head_dim % 2:
-        return [f"head_dim is {given.head_dim}, expected a positive even number"]
-    odd = [name for name in turned if (found[name]["b"].shape or (1,))[0] % given.head_dim]
-    return [f"rows of {listed(map(repr, odd))} are no heads of {given.head_dim}"] if odd else []
+    return head_problems({name: found[name]["b"] for name in turned}, given.head_dim)
 
 
 def _turned(

@@ -96,7 +96,8 @@ def to_conv(a: np.ndarray, b: np.ndarray) -> Factors:
     if (shared := _shared_factor(pieces)) is not None:
         of_piece = rank // kernel
         return Factors(shared, b.reshape(out * kernel, of_piece), of_piece // kernel)
-    spread = b[:, None, :, None] * np.eye(kernel, dtype=b.dtype)[None, :, None, :]
+    of_piece = np.eye(kernel, dtype=bool)[None, :, None, :]
+    spread = np.where(of_piece, b[:, None, :, None], b.dtype.type(0))
     return Factors(pieces.reshape(rank * kernel, -1), spread.reshape(out * kernel, -1), rank)
 
 

@@ -15,6 +15,7 @@ from lora_jax.site import Role, Site
 # What the axes of a module's weight are in torch; those of a kernel come last, and are inputs.
 _TORCH_ROLES: dict[str, tuple[Role, ...]] = {
     "linear": ("out", "in"),
+    "linear_in_out": ("in", "out"),
     "embedding": ("in", "out"),
     "conv": ("out", "in"),
 }

@@ -22,17 +22,24 @@ class Placed(NamedTuple):
     module: ModuleAdapter
 
 
+def unknown_names(file: FileAdapter, tree: Tree) -> Iterator[str]:
+    """The modules and parameters of a file that the tree doesn't have."""
+    for word, names, known in (
+        ("modules", [name for name in file.modules if tree.spot(name) is None], tree.modules),
+        ("parameters", [name for name in file.whole if name not in tree.spots], tree.spots),
+    ):
+        if names:
+            near = ", ".join(nearest(names[0], [*known])) or "none"
+            yield f"the model has no {word} {listed(map(repr, names))} (nearest to it: {near})"
+
+
 def misfits(file: FileAdapter, tree: Tree) -> Iterator[str]:
-    """What of a file has no place of its shape in the tree."""
-    known = {name for name in file.modules if tree.spot(name)}
-    parameters = {name for name in file.whole if name in tree.spots}
-    yield from _unknown("modules", file.modules.keys() - known, tree.modules)
-    yield from _unknown("parameters", file.whole.keys() - parameters, tree.spots)
-    for name in sorted(known):
-        yield from _module_misfits(name, file.modules[name], tree)
+    """What of a file has another shape or kind than its place in the tree."""
+    for name, module in file.modules.items():
+        yield from _module_misfits(name, module, tree)
     for name, found in file.rows.items():
         yield from _row_misfits(name, found, tree)
-    for name in sorted(parameters):
+    for name in file.whole:
         rule = tree.spots[name].rule
         expected = tensor_shape(rule, tuple(tree.leaves[rule.path].shape))
         if (found := file.whole[name].shape) != expected:
@@ -110,15 +117,9 @@ def site_problems(adapter: Adapter, plan: Plan, tree: Tree, *, known: bool) -> I
             yield from _pair_problems(site, adapter[site.path], rules[0])
 
 
-def _unknown(word: str, names: Iterable[str], known: Iterable[str]) -> Iterator[str]:
-    if names := sorted(names):
-        near = ", ".join(nearest(names[0], [*known])) or "none"
-        yield f"the model has no {word} {listed(map(repr, names))} (nearest to the first: {near})"
-
-
 def _module_misfits(name: str, module: ModuleAdapter, tree: Tree) -> Iterator[str]:
     rule = tree.spots[f"{name}.weight"].rule
-    if module.kind != rule.kind:
+    if module.kind != rule.kind.removesuffix("_in_out"):
         yield f"module {name!r} is {module.kind} in the file and {rule.kind} in the model"
         return
     inputs, outputs = factor_shapes(rule, tree.leaves[rule.path].shape)

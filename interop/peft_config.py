@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.peft_matching import PeftConfig, pattern_problems
+from interop.peft_matching import PeftConfig
 from lora_jax.errors import InputError
 from lora_jax.manifest import read_small_json
 
@@ -67,7 +67,9 @@ def _is_flag(value: Any) -> bool:
     return type(value) is bool
 
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+REBASED_INITS = ("pissa", "olora")
+"""Initialisers that take their first update off the base, as can be done again from its values."""
 _BIASES = ("none", "all", "lora_only")
 _FLAG = _Field(False, _is_flag, "true or false")
 
@@ -78,6 +80,8 @@ _FIELDS = {
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "lora_bias": _FLAG,
+    "peft_version": _Field(None, lambda value: value is None or _is_name(value), "a version"),
     "rank_pattern": _Field(
         None, lambda value: _is_patterns(value, _is_rank), "{pattern: integer of at least 1}"
     ),
@@ -85,7 +89,10 @@ _FIELDS = {
         None, lambda value: _is_patterns(value, _is_alpha), "{pattern: positive finite number}"
     ),
     "target_modules": _Field(
-        None, lambda value: bool(value) and _is_names(value), "module names or a pattern"
+        None, lambda value: not value or _is_names(value), "module names or a pattern"
+    ),
+    "target_parameters": _Field(
+        None, lambda value: not value or _is_list(value, _is_name), "a list of parameter names"
     ),
     "exclude_modules": _Field(
         None, lambda value: not value or _is_names(value), "module names or a pattern"
@@ -113,9 +120,10 @@ _FIELDS = {
     "bias": _Field("none", lambda value: value in _BIASES, f"one of {_BIASES}"),
     "init_lora_weights": _Field(
         True,
-        lambda value: value in _PLAIN_INITS,
-        f"one of {_PLAIN_INITS}; others change the base: have PEFT convert it to a plain LoRA "
-        "(save_pretrained with path_initial_model_for_weight_conversion)",
+        lambda value: value in (*_PLAIN_INITS, *REBASED_INITS),
+        f"one of {(*_PLAIN_INITS, *REBASED_INITS)}; others change the base in a way that its "
+        "values don't tell: have PEFT convert it to a plain LoRA (save_pretrained with "
+        "path_initial_model_for_weight_conversion)",
     ),
 }
 
@@ -129,7 +137,6 @@ _HARMLESS = frozenset(
         "loftq_config",  # used with init_lora_weights="loftq" only, which is refused
         "lora_dropout",  # training only
         "megatron_core",
-        "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
@@ -143,11 +150,9 @@ _UNSUPPORTED = {
     "corda_config": "CorDA, which changes the base",
     "kasa_config": "KaSA, which changes the base",
     "layer_replication": "a base with repeated layers",
-    "lora_bias": "a bias on B",
     "lora_ga_config": "LoRA-GA, which changes the base",
     "megatron_config": "tensor-parallel layers",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "adapters on bare parameters",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -168,11 +173,16 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key} is {raw[key]!r}, {reason}"
     if not wrong:
         yield from _contradictions(_from(raw))
-        yield from pattern_problems(_from(raw))
 
 
 def _contradictions(config: PeftConfig) -> Iterator[str]:
-    """What PEFT itself refuses."""
+    """What PEFT itself refuses, or has no meaning."""
+    if not config.target_modules and not config.target_parameters:
+        yield "target_modules is empty, expected module names or a pattern"
+    if config.lora_bias and config.use_dora:
+        yield "lora_bias and use_dora are both true, of which PEFT has one"
+    if config.lora_bias and config.init_lora_weights not in (True, False):
+        yield f"lora_bias is true with init_lora_weights {config.init_lora_weights!r}"
     for key in ("layers_to_transform", "layers_pattern"):
         if getattr(config, key) is not None and isinstance(config.target_modules, str):
             yield f"{key} is given, but target_modules is a pattern: name the modules in a list"

@@ -3,23 +3,23 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from interop.peft_layout import (
-    Base,
-    adapted_settings,
-    is_pair,
-    saved_module,
-    settings_of,
-    tensor_names,
-)
-from interop.peft_matching import Setting
-from lora_jax.site import Plan
+from interop.peft_layout import adapted_settings, is_pair, settings_of, tensor_names
+from interop.peft_matching import PeftConfig, Setting, is_named, saved_tensors
+from interop.peft_modules import PARAMETERS, Base, saved_module
+from interop.peft_versions import WRITTEN_AS
+from lora_jax.site import Plan, Site
 
 
 def config_of(
-    plan: Plan, base: Base, base_model_name: str | None, revision: str | None
+    plan: Plan,
+    base: Base,
+    base_model_name: str | None,
+    revision: str | None,
+    task_type: str | None = None,
 ) -> dict[str, Any]:
     """The adapter_config.json of a plan that PEFT can hold.
 
@@ -27,15 +27,15 @@ def config_of(
     so that no release warns without cause. Modules whose rank or alpha differs from the most
     common one get an anchored pattern.
     """
-    settings = adapted_settings(plan, base)
-    rank = _most_common(setting.rank for setting in settings.values())
-    alpha = _most_common(map(_alpha, settings.values()))
+    settings = named_settings(plan, base)
+    rank = _most_common(setting.rank for setting in _deciding(settings, base))
+    alpha = _most_common(map(_alpha, _deciding(settings, base)))
     return {
         "alpha_pattern": _patterns(plan, base, _alpha, alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": bias_of(plan, base),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(partial(_is_in_out, base), settings)),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -47,21 +47,36 @@ def config_of(
         "r": rank,
         "rank_pattern": _patterns(plan, base, lambda setting: setting.rank, rank),
         "revision": revision,
-        "target_modules": _target_modules(plan, base),
-        "task_type": "CAUSAL_LM",
+        "target_modules": _target_modules(_modules(plan, settings, base), base),
+        "task_type": task_type,
         **{key: value for key, value in _newer_keys(plan, base).items() if value},
     }
 
 
+def named_settings(plan: Plan, base: Base) -> dict[str, Setting]:
+    """The settings of what the config names: the output projection of an attention is not."""
+    settings = adapted_settings(plan, base)
+    return {name: s for name, s in settings.items() if not base.is_nested(name, settings)}
+
+
+def target_parameters(settings: Iterable[str], base: Base) -> list[str]:
+    """The targets that have no module of their own."""
+    return sorted(name for name in settings if _is_bare(name, base))
+
+
 def modules_to_save(plan: Plan, base: Base) -> set[str]:
     """The modules whose weight is trained whole; by full name, since PEFT matches any ending."""
-    return {
-        saved_module(name)
-        for site in plan.sites
-        if site.variant == "full"
-        for name in tensor_names(site, base)
-        if not name.endswith(".bias")
-    }
+    full = [site for site in plan.sites if site.variant == "full"]
+    names = {n for site in full for n in tensor_names(site, base) if not n.endswith(".bias")}
+    modules = {saved_module(name) for name in names}
+    outermost = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
+    return outermost | {name for site in full for name in _unseen_copies(site, base)}
+
+
+def saved_by_modules(plan: Plan, base: Base) -> set[str]:
+    """Every parameter that PEFT trains whole with these modules."""
+    names = sorted(modules_to_save(plan, base))
+    return saved_tensors(PeftConfig(1, 1, None, modules_to_save=names), [*base.tensors])
 
 
 def bias_of(plan: Plan, base: Base) -> str | None:
@@ -72,19 +87,48 @@ def bias_of(plan: Plan, base: Base) -> str | None:
 
 def biases(plan: Plan, base: Base) -> dict[str, set[str]]:
     """The biases that each of PEFT's words means."""
-    saved, adapted = modules_to_save(plan, base), adapted_settings(plan, base)
-    every = {name for name in base.tensors if name.endswith(".bias")}
-    every = {name for name in every if saved_module(name) not in saved}
+    saved, adapted = saved_by_modules(plan, base), adapted_settings(plan, base)
+    every = {name for name in base.tensors if name.endswith(".bias") and name not in saved}
     of_adapted = {name for name in every if saved_module(name) in adapted}
     return {"none": set(), "lora_only": of_adapted, "all": every}
 
 
 def trained_biases(plan: Plan, base: Base) -> set[str]:
     """The biases that are trained without their weights."""
-    saved = modules_to_save(plan, base)
+    return _trained_whole(plan, base) - saved_by_modules(plan, base)
+
+
+def _trained_whole(plan: Plan, base: Base) -> set[str]:
     full = (site for site in plan.sites if site.variant == "full")
-    names = (name for site in full for name in tensor_names(site, base) if name.endswith(".bias"))
-    return {name for name in names if saved_module(name) not in saved}
+    return {name for site in full for name in tensor_names(site, base)}
+
+
+def _is_bare(name: str, base: Base) -> bool:
+    return name not in base.modules and name in base.parameters
+
+
+def _is_in_out(base: Base, name: str) -> bool:
+    return name in base.modules and base.kind(base.modules[name][0]) == "linear_in_out"
+
+
+def _modules(plan: Plan, settings: Iterable[str], base: Base) -> set[str]:
+    modules = {name for name in settings if not _is_bare(name, base)}
+    return modules | {n for site in plan.sites if is_pair(site) for n in _unseen_copies(site, base)}
+
+
+def _unseen_copies(site: Site, base: Base) -> list[str]:
+    """The modules tied to a table that PEFT doesn't know for one by its name, as GPT-2's ``wte``.
+
+    It ties nothing then, unless the config names one of these.
+    """
+    last = saved_module(base.rules[site.path].name).rpartition(".")[2]
+    return [] if last == "embed_tokens" else base.tied_modules(site.path)
+
+
+def _deciding(settings: Mapping[str, Setting], base: Base) -> list[Setting]:
+    """Whose rank and alpha are the common ones: PEFT warns of patterns for bare parameters."""
+    bare = [setting for name, setting in settings.items() if _is_bare(name, base)]
+    return bare or [*settings.values()]
 
 
 def _newer_keys(plan: Plan, base: Base) -> dict[str, Any]:
@@ -94,8 +138,12 @@ def _newer_keys(plan: Plan, base: Base) -> dict[str, Any]:
         if site.variant == "rows"
     }
     tied = [s for s in plan.sites if s.variant != "rows" and base.tied_modules(s.path)]
+    parameters = target_parameters(adapted_settings(plan, base), base)
     return {
         "ensure_weight_tying": bool(tied),
+        "lora_bias": any(site.variant == "bias" for site in plan.sites),
+        "peft_version": WRITTEN_AS if parameters else None,
+        "target_parameters": parameters,
         "trainable_token_indices": rows,
         "use_dora": any(site.variant == "dora" for site in plan.sites),
     }
@@ -105,11 +153,11 @@ def _patterns(
     plan: Plan, base: Base, value_of: Callable[[Setting], Any], usual: Any
 ) -> dict[str, Any]:
     """One pattern for a leaf whose layers agree, else one a layer: no name matches two."""
-    patterns = {}
+    named, patterns = named_settings(plan, base), {}
     for site in filter(is_pair, plan.sites):
-        values = {m: value_of(setting) for m, setting in settings_of(site, base).items()}
+        values = {m: value_of(s) for m, s in settings_of(site, base).items() if m in named}
         agreed = len(set(values.values())) == 1
-        by_pattern = {_any_layer(site.path, base) if agreed else _anchored(m): values[m]
+        by_pattern = {_any_layer(site, base) if agreed else _anchored(m): values[m]
                       for m in values}  # fmt: skip
         patterns |= {key: value for key, value in by_pattern.items() if value != usual}
     return patterns
@@ -119,8 +167,10 @@ def _anchored(module: str) -> str:
     return "^" + re.escape(module)
 
 
-def _any_layer(path: str, base: Base) -> str:
-    return _anchored(saved_module(base.rules[path].name)).replace(re.escape("{i}"), r"\d+")
+def _any_layer(site: Site, base: Base) -> str:
+    rule = base.rules[site.path]
+    name = rule.name if rule.kind in PARAMETERS else saved_module(rule.name)
+    return re.sub(r"\\{\w\\}", r"\\d+", _anchored(name))
 
 
 def _alpha(setting: Setting) -> float:
@@ -138,12 +188,15 @@ def _most_common(values: Iterable[Any]) -> Any:
     return max(sorted(counts), key=counts.__getitem__)
 
 
-def _target_modules(plan: Plan, base: Base) -> list[str]:
-    """Last parts of names, as vLLM wants them, where they match nothing else; else full names."""
-    templates = {path: saved_module(rule.name) for path, rule in base.rules.items()}
-    pairs = [site for site in plan.sites if is_pair(site)]
-    in_every_layer = {templates[site.path] for site in pairs if 0 not in site.ranks}
-    taken = {module.split(".")[-1] for module in {*templates.values()} - in_every_layer}
-    taken |= {parent for module in templates.values() for parent in module.split(".")[:-1]}
-    suffixes = {templates[site.path].split(".")[-1] for site in pairs}
-    return sorted(adapted_settings(plan, base) if suffixes & taken else suffixes)
+def _target_modules(wanted: set[str], base: Base) -> list[str] | str:
+    """Last parts of names, as vLLM wants them, where they match nothing else; else full names.
+
+    Where a full name is the end of another's too, a pattern of them all.
+    """
+    modules = {*base.modules, *wanted}
+    parents = {".".join(m.split(".")[:k]) for m in modules for k in range(1, m.count(".") + 1)}
+    endings = {module.split(".")[-1] for module in wanted}
+    for names in (endings, wanted) if not any(map(str.isdigit, endings)) else (wanted,):
+        if {m for m in modules | parents if is_named(m, names)} == wanted:
+            return sorted(names)
+    return "|".join(map(re.escape, sorted(wanted)))

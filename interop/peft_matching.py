@@ -2,10 +2,9 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.errors import InputError
@@ -16,7 +15,7 @@ class PeftConfig(NamedTuple):
 
     r: int
     lora_alpha: float
-    target_modules: str | Sequence[str]
+    target_modules: str | Sequence[str] | None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
@@ -28,6 +27,10 @@ class PeftConfig(NamedTuple):
     bias: str = "none"
     use_dora: bool = False
     ensure_weight_tying: bool = False
+    lora_bias: bool = False
+    target_parameters: Sequence[str] | None = None
+    init_lora_weights: bool | str = True
+    peft_version: str | None = None
 
 
 class Setting(NamedTuple):
@@ -44,21 +47,26 @@ class Pattern(NamedTuple):
     whole: bool = False
 
 
-def adapted_modules(config: PeftConfig, modules: Sequence[str]) -> dict[str, Setting]:
-    """The modules on which PEFT puts an adapter, each with its rank and scale.
+def adapted_modules(
+    config: PeftConfig, modules: Sequence[str], parameters: Sequence[str] = ()
+) -> dict[str, Setting]:
+    """The modules and parameters on which PEFT puts an adapter, each with its rank and scale.
 
     A pattern of targets matches the whole name, an item of a list its last parts; of rank and
     alpha patterns the first in the order of the file decides. A list's items count in the layers
     of ``layers_to_transform`` alone, unless one is the whole name.
 
     Raises:
-      InputError: patterns that can't be matched in bounded time.
+      InputError: naming what is no regular expression, or what can't be matched in bounded time.
 
     >>> config = PeftConfig(8, 16, ["k_proj", "v_proj"], alpha_pattern={"k_proj": 4})
     >>> adapted_modules(config, ["layers.0.k_proj", "layers.0.v_proj", "layers.0.o_proj"])
     {'layers.0.k_proj': Setting(rank=8, scale=0.5), 'layers.0.v_proj': Setting(rank=8, scale=2.0)}
     """
-    matches = _matched(patterns_of(config), modules)
+    matches = _matched(patterns_of(config), [*modules, *parameters])
+    targets, excluded, bare = map(
+        _ends, (config.target_modules, config.exclude_modules, config.target_parameters)
+    )
 
     def first(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
         values = (patterns or {}).items()
@@ -71,15 +79,36 @@ def adapted_modules(config: PeftConfig, modules: Sequence[str]) -> dict[str, Set
 
     def left_alone(module: str) -> bool:
         saved = config.modules_to_save or ()
-        return _named(config.exclude_modules, module, matches) or any(
+        return _named(excluded, module, matches) or any(
             module in matches[_at_or_below(name)] for name in saved
         )
 
     def targeted(module: str) -> bool:
-        found = _named(config.target_modules, module, matches)
-        return found and (module in config.target_modules or _in_layers(config, module, matches))
+        found = _named(targets, module, matches)
+        return found and (module in (targets or ()) or _in_layers(config, module, matches))
 
-    return {m: setting(m) for m in modules if targeted(m) and not left_alone(m)}
+    found = [m for m in modules if targeted(m) and not left_alone(m)]
+    found += [p for p in parameters if _named(bare, p, matches)]
+    return {name: setting(name) for name in found}
+
+
+def ambiguous_patterns(
+    config: PeftConfig, names: Sequence[str]
+) -> list[tuple[str, str, list[Any]]]:
+    """Where the order of patterns decides: the config's key, the module, the values at stake.
+
+    >>> config = PeftConfig(8, 16, ["k_proj"], rank_pattern={"k_proj": 4, "0.k_proj": 2})
+    >>> ambiguous_patterns(config, ["layers.0.k_proj", "layers.1.k_proj"])
+    [('rank_pattern', 'layers.0.k_proj', [4, 2])]
+    """
+    matches = _matched(patterns_of(config), names)
+    keys = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
+    found = [
+        (key, name, [v for pattern, v in patterns.items() if name in matches[_after_dot(pattern)]])
+        for key, patterns in keys.items()
+        for name in names
+    ]
+    return [each for each in found if len(set(each[2])) > 1]
 
 
 def saved_tensors(config: PeftConfig, tensors: Sequence[str]) -> set[str]:
@@ -101,10 +130,27 @@ def _above(tensor: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _named(names: Any, module: str, matches: Mapping[Pattern, Mapping[str, Any]]) -> bool:
+def _ends(names: Any) -> str | frozenset[str]:
+    """A pattern as it is, the items of a list as a set."""
+    return names if isinstance(names, str) else frozenset(names or ())
+
+
+def _named(
+    names: str | frozenset[str], module: str, matches: Mapping[Pattern, Mapping[str, Any]]
+) -> bool:
     if isinstance(names, str):
         return bool(names) and module in matches[Pattern(names, whole=True)]
-    return any(f".{module}".endswith(f".{name}") for name in names or ())
+    return is_named(module, names)
+
+
+def is_named(module: str, names: Collection[str]) -> bool:
+    """Whether the module's name, or its end after a dot, is one of ``names``.
+
+    >>> is_named("layers.0.k_proj", {"k_proj"}), is_named("layers.0.k_proj", {"proj"})
+    (True, False)
+    """
+    parts = module.split(".")
+    return any(".".join(parts[first:]) in names for first in range(len(parts)))
 
 
 def _in_layers(config: PeftConfig, module: str, matches: Mapping[Pattern, Any]) -> bool:
@@ -140,15 +186,6 @@ def patterns_of(config: PeftConfig) -> list[Pattern]:
     ]
 
 
-def pattern_problems(config: PeftConfig) -> Iterator[str]:
-    """What is no regular expression where the config needs one."""
-    for pattern in patterns_of(config):
-        try:
-            re.compile(pattern.text)
-        except (re.error, RecursionError, OverflowError) as error:
-            yield f"pattern {pattern.text[:80]!r} is not a regular expression: {error}"
-
-
 def _after_dot(key: str) -> Pattern:
     return Pattern(rf"(.*\.)?({key})$")
 
@@ -158,14 +195,19 @@ def _at_or_below(module: str) -> Pattern:
 
 
 _MATCH_ALL = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
+import json, re, signal, sys
+patterns, names, seconds = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 def indices(pattern, whole):
-    match = re.compile(pattern).fullmatch if whole else re.compile(pattern).match
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    match = compiled.fullmatch if whole else compiled.match
     return {n: m.groupdict().get("idx") for n in names if (m := match(n))}
 json.dump([indices(*pattern) for pattern in patterns], sys.stdout)
 """
-_MATCHING_SECONDS = 5
+_MATCHING_SECONDS = 0.5
 
 
 def _matched(
@@ -174,24 +216,36 @@ def _matched(
     """The names that each pattern matches, with what its group ``idx`` found there.
 
     Patterns come from files of strangers, and some take exponential time, which Python can't
-    interrupt from within: so they run in a process of their own.
+    interrupt from within: so they run in a process of their own, which the system ends when it
+    has computed for too long.
     """
     if not patterns:
         return {}
     command = [sys.executable, "-I", "-S", "-c", _MATCH_ALL]
-    question = json.dumps([patterns, names])
+    question = json.dumps([patterns, names, _MATCHING_SECONDS])
     try:
         done = subprocess.run(
             command,
             input=question,
             capture_output=True,
             text=True,
-            timeout=_MATCHING_SECONDS,
+            timeout=20 * _MATCHING_SECONDS,
             check=True,
         )
-    except subprocess.TimeoutExpired as error:
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         raise InputError(
-            f"patterns that take over {_MATCHING_SECONDS} s to match: "
-            f"{', '.join(repr(pattern.text[:80]) for pattern in patterns)}; list the module names"
+            f"{len(patterns)} patterns take over {_MATCHING_SECONDS} s to match: "
+            f"{', '.join(repr(pattern.text[:80]) for pattern in patterns[:_NAMED_AT_MOST])}; "
+            "list the module names"
         ) from error
-    return dict(zip(patterns, json.loads(done.stdout), strict=True))
+    found = dict(zip(patterns, json.loads(done.stdout), strict=True))
+    if wrong := [
+        f"{pattern.text[:80]!r} is not a regular expression: {answer}"
+        for pattern, answer in found.items()
+        if isinstance(answer, str)
+    ]:
+        raise InputError("; ".join(wrong[:_NAMED_AT_MOST]))
+    return found
+
+
+_NAMED_AT_MOST = 5

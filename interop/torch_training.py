@@ -9,7 +9,7 @@ of MiniMind's notebook, which differ in what an update holds, are two functions 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -196,12 +196,24 @@ def train(
     Raises:
       RuntimeError: a gradient is not finite, in another precision than float16.
     """
-    trainer = _Trainer.for_model(model.train(), recipe, loss_fn)
     records = []
-    for update in updates:
-        records.append(_step(trainer, update))
-        observe(records[-1])
+    for record in training(model, updates, recipe, loss_fn=loss_fn):
+        records.append(record)
+        observe(record)
     return records
+
+
+def training(
+    model: "nn.Module",
+    updates: Sequence[Update],
+    recipe: Recipe,
+    *,
+    loss_fn: LossFn = mean_cross_entropy,
+) -> Iterator[Record]:
+    """`train`, one update each time that the next record is asked for."""
+    trainer = _Trainer.for_model(model.train(), recipe, loss_fn)
+    for update in updates:
+        yield _step(trainer, update)
 
 
 class _Trainer(NamedTuple):
@@ -254,7 +266,7 @@ def _backward(trainer: _Trainer, batch: Batch, share: float) -> float:
     import torch
 
     precision, device = trainer.recipe.precision, trainer.device
-    placed = Batch(*(tensor.to(device) for tensor in batch))
+    placed = batch._make(tensor.to(device) for tensor in batch)
     reduced = precision != "float32"
     dtype = getattr(torch, precision) if reduced else None
     with torch.autocast(device.type, dtype, enabled=reduced):

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.adapter import DoraTriple, Full, LoraPair, Rows, cast, count
+    from lora_jax.adapter import Bias, DoraTriple, Full, LoraPair, Rows, cast, count
     from lora_jax.adapting import adapt
     from lora_jax.config import LoraConfig, Rule
     from lora_jax.errors import InputError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_jax.train.partition import labels, partition
 
 _HOME = {
+    "Bias": "adapter",
     "DoraTriple": "adapter",
     "Full": "adapter",
     "InputError": "errors",
@@ -51,9 +52,9 @@ _HOME = {
 }
 
 __all__ = [
-    "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Member", "Plan", "Rows", "Rule",
-    "Site", "Use", "adapt", "cast", "count", "explain", "init", "labels", "merge", "partition",
-    "plan", "plan_from_axes", "rounding_loss", "train_many",
+    "Bias", "DoraTriple", "Full", "InputError", "LoraConfig", "LoraPair", "Member", "Plan", "Rows",
+    "Rule", "Site", "Use", "adapt", "cast", "count", "explain", "init", "labels", "merge",
+    "partition", "plan", "plan_from_axes", "rounding_loss", "train_many",
 ]  # fmt: skip
 
 

@@ -54,10 +54,25 @@ class Rows:
     rows: jax.Array
 
 
-Entry = LoraPair | DoraTriple | Full | Rows
+class Bias(NamedTuple):
+    """An update of a bias: W' = W + scale · bias, in the leaf's own shape, float32.
+
+    It is what a bias on B adds to a layer's output, as PEFT's ``lora_bias`` has it.
+    """
+
+    bias: jax.Array
+
+
+Entry = LoraPair | DoraTriple | Full | Rows | Bias
 Adapter = dict[str, Entry]
 
-ENTRIES: dict[str, type] = {"lora": LoraPair, "dora": DoraTriple, "full": Full, "rows": Rows}
+ENTRIES: dict[str, type] = {
+    "lora": LoraPair,
+    "dora": DoraTriple,
+    "full": Full,
+    "rows": Rows,
+    "bias": Bias,
+}
 """The type of an adapter's entry, by the site's variant."""
 
 

@@ -51,7 +51,8 @@ class LoraConfig:
       exclude: as targets; a leaf that one of them matches is never adapted.
       variant: ``lora``; ``dora``, with a magnitude beside A and B (Liu et al.,
         arXiv:2402.09353); ``full``, the leaf itself is trained, in float32 (norms, biases,
-        heads); ``rows``, some rows of it are (new tokens of an embedding).
+        heads); ``rows``, some rows of it are (new tokens of an embedding); ``bias``, an update
+        is added to it, scaled as the factors are (PEFT's ``lora_bias``).
       use_rslora: scale = alpha/√rank instead of alpha/rank (Kalajdzievski, arXiv:2312.03732).
       init: how A starts: ``kaiming_uniform`` (as PEFT does) or ``gaussian``. B starts at zero.
       init_std: standard deviation of ``gaussian``; 1/rank where not given, as in PEFT.
@@ -122,7 +123,8 @@ def scale_of(rule: Rule, use_rslora: bool) -> float | tuple[float, ...]:
     count = max(len(ranks), len(alphas))
     pairs = zip(_repeated(ranks, count), _repeated(alphas, count), strict=True)
     scales = tuple(_scale(rank, alpha, use_rslora) for rank, alpha in pairs)
-    different = {scale for scale in scales if scale}
+    # Of a pair the layers of rank 0 are zero under any scale, of a bias under scale 0 alone.
+    different = {scale for scale in scales if scale or rule.variant == "bias"}
     return different.pop() if len(different) == 1 else scales
 
 
@@ -216,12 +218,18 @@ def _problems(config: LoraConfig) -> Iterable[str]:
 
 
 def _idle_settings(rule: Rule, config: LoraConfig) -> Iterable[str]:
-    """What a rule sets for leaves that have no factors."""
-    if (rule.variant or config.variant) in ("full", "rows"):
-        idle = ("rank", "alpha", "init", "init_std", "dropout")
-        given = [name for name in idle if getattr(rule, name) is not None]
-        if given:
-            yield f"{described(rule.target)} has no factors to set {', '.join(given)} of: drop them"
+    """What a rule sets for leaves that have no factors; of a bias rank and alpha are the scale."""
+    idle = _IDLE.get(rule.variant or config.variant, ())
+    if given := [name for name in idle if getattr(rule, name) is not None]:
+        yield f"{described(rule.target)} has no factors to set {', '.join(given)} of: drop them"
+
+
+_FACTORS_ALONE = ("init", "init_std", "dropout")
+_IDLE = {
+    "full": ("rank", "alpha", *_FACTORS_ALONE),
+    "rows": ("rank", "alpha", *_FACTORS_ALONE),
+    "bias": _FACTORS_ALONE,
+}
 
 
 def _roles_problem(roles: str) -> str | None:

@@ -116,6 +116,7 @@ def _rank(site: Site) -> str:
         "dora": f"{ranks} dora",
         "full": "whole",
         "rows": f"{len(site.rows)} rows",
+        "bias": "bias",
     }[site.variant]
 
 

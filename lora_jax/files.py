@@ -36,17 +36,27 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      InputError: the file isn't there, isn't JSON (with the line), or holds no object.
+      InputError: the file isn't there, isn't JSON (with the line), has a key twice, or holds no
+        object.
     """
     path = existing_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; a key that is there twice means something else to every reader."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has twice {sorted({key for key in keys if keys.count(key) > 1})}")
     return value
 
 

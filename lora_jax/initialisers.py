@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter, DoraTriple, Full, LoraPair, Rows, check_params
+from lora_jax.adapter import Adapter, Bias, DoraTriple, Full, LoraPair, Rows, check_params
 from lora_jax.paths import named_leaves, path_key
 from lora_jax.site import Plan, Site
 from lora_jax.variants import at_least_float32, magnitude_norm, values_of
@@ -44,7 +44,7 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
       plan: which weights are adapted, and how.
 
     Returns:
-      ``{path: entry}`` in float32: `LoraPair`, `DoraTriple`, `Full` or `Rows`.
+      ``{path: entry}`` in float32: `LoraPair`, `DoraTriple`, `Full`, `Rows` or `Bias`.
 
     Raises:
       InputError: the plan names leaves that ``params`` lacks, or whose shape or dtype differs,
@@ -81,11 +81,16 @@ def _fresh_rows(key: jax.Array, site: Site, leaf: Any) -> Rows:
     return Rows(site.rows, at_least_float32(values_of(site, leaf)[jnp.array(site.rows)]))
 
 
+def _fresh_bias(key: jax.Array, site: Site, leaf: Any) -> Bias:
+    return Bias(jnp.zeros(site.shape, jnp.float32))
+
+
 _FRESH: dict[str, Callable[[jax.Array, Site, Any], Any]] = {
     "lora": _fresh_lora,
     "dora": _fresh_dora,
     "full": _fresh_full,
     "rows": _fresh_rows,
+    "bias": _fresh_bias,
 }
 
 

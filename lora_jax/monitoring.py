@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter
 from lora_jax.paths import named_leaves
 from lora_jax.site import ROLES, Plan, Site
-from lora_jax.variants import at_least_float32
+from lora_jax.variants import at_least_float32, scaled_bias
 
 
 class Movement(NamedTuple):
@@ -65,9 +65,14 @@ def _rows_norm(site: Site, weight: jax.Array, entry: Any) -> jax.Array:
     return jnp.linalg.norm(entry.rows - weight[jnp.array(site.rows)])
 
 
+def _bias_norm(site: Site, weight: jax.Array, entry: Any) -> jax.Array:
+    return jnp.linalg.norm(scaled_bias(site, entry))
+
+
 _DELTA_NORM = {
     "lora": _low_rank_norm,
     "dora": _low_rank_norm,
     "full": _whole_norm,
     "rows": _rows_norm,
+    "bias": _bias_norm,
 }

@@ -40,7 +40,7 @@ def select(
     for leaf in leaves:
         if rule := matched[leaf.path]:
             roles = known.get(leaf.path, "is not floating")
-            whole = rule.variant == "full" and leaf.path not in unread
+            whole = rule.variant in ("full", "bias") and leaf.path not in unread
             wrong = list(_leaf_problems(leaf.array, rule, roles, whole))
             problems += [f"{leaf.path!r} {problem}" for problem in wrong]
             sites += [] if wrong else [_site(leaf, rule, roles, config)]
@@ -104,8 +104,8 @@ def _leaf_problems(leaf: Any, rule: Rule, roles: Roles, whole: bool) -> Iterator
         yield (
             f"is {dtype_name(leaf)}, only {', '.join(ADAPTABLE)} weights can be adapted: exclude it"
         )
-    elif whole:
-        return  # No axis of it has to have a role.
+    elif whole:  # No axis of it has to have a role.
+        yield from _length_problems(rule, leaf.shape[0] if leaf.shape else None, "first axis")
     elif isinstance(roles, str):
         yield roles
     elif rule.variant == "rows":
@@ -133,17 +133,24 @@ def _rank_problems(leaf: Any, rule: Rule, roles: tuple[Role, ...]) -> Iterator[s
             "matrix: lower the rank"
         )
     layers = leaf.shape[roles.index("stack")] if "stack" in roles else None
-    for name, value in (("rank", rule.rank), ("alpha", rule.alpha)):
-        if isinstance(value, tuple) and len(value) != layers:
-            has = "no stack axis" if layers is None else f"{layers} along its stack"
-            yield f"has {has}, but {name} has {len(value)} values: {value}"
+    yield from _length_problems(rule, layers, "stack")
     if rule.variant == "dora" and isinstance(rule.rank, tuple) and 0 in rule.rank:
         yield "has layers of rank 0, whose magnitude DoRA would still train: use variant 'lora'"
+
+
+def _length_problems(rule: Rule, layers: int | None, axis: str) -> Iterator[str]:
+    for name, value in (("rank", rule.rank), ("alpha", rule.alpha)):
+        if isinstance(value, tuple) and len(value) != layers and rule.variant != "full":
+            has = f"no {axis} axis" if layers is None else f"{layers} along its {axis}"
+            yield f"has {has}, but {name} has {len(value)} values: {value}"
 
 
 def _site(leaf: Leaf, rule: Rule, roles: Roles, config: LoraConfig) -> Site:
     variant = rule.variant or "lora"
     path, shape, dtype = leaf.path, tuple(leaf.array.shape), dtype_name(leaf.array)
+    if variant == "bias":
+        scale = scale_of(rule, config.use_rslora)
+        return Site(path, shape, dtype, (), 0, scale, variant="bias")
     if variant == "full" or isinstance(roles, str):
         return Site(path, shape, dtype, (), 0, 1.0, variant="full")
     if variant == "rows":

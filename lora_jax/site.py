@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 Role = Literal["stack", "in", "out"]
 ROLES: tuple[Role, ...] = ("stack", "in", "out")
 INITIALISERS = ("kaiming_uniform", "gaussian")
-VARIANTS = ("lora", "dora", "full", "rows")
+VARIANTS = ("lora", "dora", "full", "rows", "bias")
 
 
 class Use(NamedTuple):
@@ -41,13 +41,14 @@ class Site:
     dtype: str
     roles: tuple[Role, ...]
     rank: int
-    """The largest along the stack; 0 for a weight that is trained whole."""
+    """The largest along the stack; 0 where there are no factors."""
     scale: float | tuple[float, ...]
     """One number, or one for each index of the first stack axis."""
     ranks: tuple[int, ...] = ()
     """Of each index of the first stack axis, where they differ; A and B are zero beyond them."""
     variant: str = "lora"
-    """``lora``; ``dora``; ``full`` (trained whole); ``rows`` (some rows are trained)."""
+    """``lora``; ``dora``; ``full`` (trained whole); ``rows`` (some rows are trained); ``bias`` (an
+    update of a bias, added to it)."""
     rows: tuple[int, ...] = ()
     """Of ``rows``: which indices of the first axis are trained."""
     init: str = "kaiming_uniform"
@@ -58,8 +59,8 @@ class Site:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the leaf itself is trained: it has neither roles nor factors."""
-        return self.variant == "full"
+        """Whether another leaf takes this one's place: it has neither roles nor factors."""
+        return self.variant in ("full", "bias")
 
     def axes(self, role: Role) -> tuple[int, ...]:
         """The axes of the weight that play ``role``, in order."""
@@ -102,6 +103,7 @@ class Site:
             "dora": {"a": self.a_shape, "b": self.b_shape, "m": self.m_shape},
             "full": {"value": self.shape},
             "rows": {"rows": (len(self.rows), *self.shape[1:])},
+            "bias": {"bias": self.shape},
         }[self.variant]
 
     @property

@@ -29,6 +29,9 @@ HEADS = re.compile(
 )
 """Modules outside any block whose weight is an output head or an embedding table."""
 
+HEAD_BLOCK = re.compile(r"(?i)lm_?head|classifier|classification_?head|score")
+"""Parts of a path within which everything belongs to an output head."""
+
 ATTENTION_BLOCK = re.compile(
     r"(?i)(.*[_.])?(attn|attention|att|mha|multi_?head\w*|self_?attention|cross_?attention)"
     r"([_.\d].*)?|multihead.*|selfattention.*|crossattention.*"
@@ -85,7 +88,9 @@ def kind_of(path: str) -> str | None:
 
 
 def _all_linear(leaf: Leaf) -> bool:
-    return kind_of(leaf.path) is not None or not HEADS.fullmatch(module_of(leaf.path))
+    *blocks, module = _modules_of(leaf.path)
+    in_head = HEADS.fullmatch(module) or any(map(HEAD_BLOCK.fullmatch, blocks))
+    return kind_of(leaf.path) is not None or not in_head
 
 
 def _attention(leaf: Leaf) -> bool:

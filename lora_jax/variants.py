@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapter import DoraTriple, Full, LoraPair, Rows
+from lora_jax.adapter import Bias, DoraTriple, Full, LoraPair, Rows
 from lora_jax.errors import InputError
 from lora_jax.site import ROLES, Site
 
@@ -65,7 +65,8 @@ def exact_weight(site: Site, weight: jax.Array, entry: Any) -> jax.Array:
 
 
 def factors_of(site: Site, weight: jax.Array, entry: Any) -> Factors:
-    """The entry as factors in the weight's own axes; not for ``full``, which has none."""
+    """The entry as factors in the weight's own axes; not for ``full`` and ``bias``, which have
+    none."""
     return _FACTORS[site.variant](site, weight, entry)
 
 
@@ -92,6 +93,12 @@ def magnitude_norm(site: Site, weight: jax.Array, pair: LoraPair | DoraTriple) -
     gram_b = jnp.einsum(f"{stack}zy,{stack}y{outputs}->{hidden}", gram, b, **wide)
     mixed = (2 * scale * a_w + scale**2 * gram_b) * b
     return jnp.sqrt(jnp.maximum(own + mixed.sum(axis=len(stack)), 0))
+
+
+def scaled_bias(site: Site, entry: Bias) -> jax.Array:
+    """scale · bias, at least in float32; a scale that differs along the stack is one a layer."""
+    bias, scale = _b_and_scale(site, at_least_float32(entry.bias))
+    return bias * scale
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
@@ -134,6 +141,10 @@ def _exact_rows(site: Site, weight: jax.Array, entry: Rows) -> jax.Array:
     return weight.at[jnp.array(entry.indices)].set(in_dtype(entry.rows, weight.dtype))
 
 
+def _exact_bias(site: Site, weight: jax.Array, entry: Bias) -> jax.Array:
+    return weight + scaled_bias(site, entry)
+
+
 def _lora_factors(site: Site, weight: jax.Array, entry: LoraPair) -> Factors:
     b, scale = _b_and_scale(site, entry.b)
     return Factors(entry.a, b, scale)
@@ -159,6 +170,7 @@ _EXACT: dict[str, Callable[[Site, jax.Array, Any], jax.Array]] = {
     "dora": _exact_dora,
     "full": _exact_full,
     "rows": _exact_rows,
+    "bias": _exact_bias,
 }
 
 _FACTORS: dict[str, Callable[[Site, jax.Array, Any], Factors]] = {
@@ -169,7 +181,7 @@ _FACTORS: dict[str, Callable[[Site, jax.Array, Any], Factors]] = {
 
 
 def _b_and_scale(site: Site, b: jax.Array) -> tuple[jax.Array, float]:
-    """B and the scale; one that differs along the stack is folded into B."""
+    """B (or a bias) and the scale; one that differs along the stack is folded into it."""
     if isinstance(site.scale, tuple):
         along_stack = jnp.array(site.scale, b.dtype)
         return b * along_stack.reshape(-1, *(1,) * (b.ndim - 1)), 1.0

@@ -1,6 +1,7 @@
 """What has happened in a run so far: everything that a resumed one has to know of it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ class History:
       before: the base, judged.
       losses: of each update; None where it was not finite.
       heldout: held-out loss by updates done; None where it was not finite.
+      kept: updates of which there is a checkpoint, or was a worse one; not part of the record.
       seconds: of each update since this process started; not part of the record.
       gave_up: whether too many updates in a row were not finite since then; not part of it.
     """
@@ -22,14 +24,28 @@ class History:
     before: Judgement
     losses: list[float | None] = field(default_factory=list)
     heldout: dict[int, float | None] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set, compare=False)
     seconds: list[float] = field(default_factory=list, compare=False)
     gave_up: bool = field(default=False, compare=False)
 
     @property
     def best(self) -> int | None:
         """The updates after which the held-out loss was lowest, the first of equals."""
-        trained = {step: loss for step, loss in self.finite_heldout.items() if step}
-        return min(trained, key=trained.__getitem__) if trained else None
+        return self._best_of(step for step in self.heldout if step)
+
+    def best_kept(self, *more: int) -> int | None:
+        """The best of those that are kept, and of ``more``.
+
+        >>> history = History(Judgement([], 2.5), [], {10: 1.5, 20: 1.0, 30: 1.2}, kept={10})
+        >>> history.best, history.best_kept(), history.best_kept(30)
+        (20, 10, 30)
+        """
+        return self._best_of(sorted({*self.kept, *more}))
+
+    def _best_of(self, steps: Iterable[int]) -> int | None:
+        losses = self.finite_heldout
+        judged = [step for step in steps if step in losses]
+        return min(judged, key=losses.__getitem__) if judged else None
 
     @property
     def finite_heldout(self) -> dict[int, float]:

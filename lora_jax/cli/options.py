@@ -117,6 +117,9 @@ class RunOptions:
     """Updates between checkpoints; 0 for one at the end or when the run is stopped."""
     keep: int = 2
     """Checkpoints to keep, the newest, beside the best."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """Where a checkpoint can't be written (the disk is full, say): end the run, or go on with the
+    checkpoints before it."""
     keep_best: bool = False
     """Write the adapter of the lowest held-out loss, not the last one."""
     patience: int = 0

@@ -50,6 +50,9 @@ def require_free(directory: Path) -> None:
 
 
 def _counts(entry: Path) -> bool:
+    """Whether an entry is more than what a run killed before its first update leaves."""
+    if entry.name == CHECKPOINTS and entry.is_dir():
+        return any(map(_counts, entry.iterdir()))
     return entry.name != LOCK and not is_unfinished(entry.name)
 
 

@@ -98,6 +98,7 @@ def _begin(
     else:
         state, done = placement.put_state(checkpoint.restore(found, state)), found.step
         history = History.from_json(found.progress["history"])
+        history.kept |= {*checkpoint.steps(options.out / runs.CHECKPOINTS)}
     stop.check()
     return Run(options, task, placement, params, state, done, history, judge, console)
 
@@ -256,7 +257,7 @@ def _resources(run: Run) -> str:
 
 def _chosen(run: Run, state: TrainState, done: int) -> tuple[TrainState, int]:
     """The state whose adapter is the result: the last, or the best if that was asked for."""
-    best = run.history.best
+    best = run.history.best_kept(done)
     if not run.options.run.keep_best or best is None or best == done:
         return state, done
     found = checkpoint.look(run.options.out / runs.CHECKPOINTS, best)

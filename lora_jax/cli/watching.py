@@ -125,7 +125,7 @@ class Watch:
             self._evaluate(done, state)
         if _is_due(often.sample_every, done):
             self._sample(done, state)
-        improved = often.keep_best and self._run.history.best == done
+        improved = often.keep_best and self._run.history.best_kept(done) == done
         if _is_due(often.save_every, done) or improved:
             self._save(done, state)
 
@@ -135,10 +135,11 @@ class Watch:
         return history.gave_up or bool(patience and history.stale() >= patience)
 
     def keep_last(self, state: TrainState) -> None:
-        """Save the state after the last update, unless it is saved."""
+        """Save the state after the last update, unless it is saved, and wait until it is."""
         done = len(self._run.history.losses)
         if done > self._saved:
             self._save(done, state)
+        self._settle()
 
     def _evaluate(self, done: int, state: TrainState) -> None:
         run = self._run
@@ -161,7 +162,9 @@ class Watch:
                 )
 
     def _save(self, done: int, state: TrainState) -> None:
+        self._settle()
         run, self._saved = self._run, done
+        run.history.kept.add(done)
         whole = run.placement.fetch(state)
         if not is_main():
             return
@@ -170,9 +173,19 @@ class Watch:
             "batches": self._position(),
             "history": run.history.as_json(),
         }
-        spare = run.history.best if run.options.run.keep_best else None
+        spare = run.history.best_kept() if run.options.run.keep_best else None
         write = partial(_write_adapter, run.task, whole.adapter)
         self._saver.submit(done, whole, about, write, spare)
+
+    def _settle(self) -> None:
+        """Wait for the save that is going on; where it failed, raise or go on, as was asked."""
+        try:
+            self._saver.wait()
+        except InputError as error:
+            if self._run.options.run.on_save_error == "stop":
+                raise
+            self._run.history.kept.discard(self._saved)
+            self._run.console.print(f"going on  {error}", markup=False, soft_wrap=True)
 
     def _write(self, values: dict[str, Any]) -> None:
         if is_main():

@@ -1,6 +1,6 @@
 """Attention without parameters: rotary embeddings, masks, the key-value cache, the products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,12 +96,14 @@ def attention_context(
     _check_length(config, max(time, slots))
     ropes, which_rope = _distinct([kind.rope for kind in config.kind_of_layer])
     windows, which_window = _distinct([kind.window for kind in config.kind_of_layer])
+    late = rotates_late(config)
+    furthest = _furthest(positions, segment_ids) if late else positions
     angles = slot_angles = None
     if any(ropes):
-        angles = _stacked([_angles(config, rope, positions, positions) for rope in ropes])
-        if cache is not None and rotates_late(config):
+        angles = _stacked([_angles(config, rope, positions, furthest) for rope in ropes])
+        if cache is not None and late:
             every = jnp.arange(slots, dtype=jnp.int32)[None]
-            slot_angles = _stacked([_angles(config, rope, every, positions) for rope in ropes])
+            slot_angles = _stacked([_angles(config, rope, every, furthest) for rope in ropes])
     bias = _stacked([_bias(_visible(own, slots, window, segment_ids)) for window in windows])
     context = AttentionContext(angles, slot_angles, bias, starts)
     return context, LayerChoice(which_rope, which_window)
@@ -174,10 +176,18 @@ def _bias(visible: Array) -> Array:
     return jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
 
 
-def _angles(config: DecoderConfig, rope: Rope | None, positions: Array, tokens: Array) -> Angles:
+def _furthest(positions: Array, segment_ids: Array | None) -> Array:
+    """The last position of each token's row, (batch, 1), or segment, (batch, time)."""
+    if segment_ids is None:
+        return jnp.max(positions, axis=1, keepdims=True)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=2)
+
+
+def _angles(config: DecoderConfig, rope: Rope | None, positions: Array, furthest: Array) -> Angles:
     """Cosine and sine of the angles at (batch or 1, time) positions.
 
-    A row is as long as the largest position of its ``tokens`` says.
+    ``furthest`` is the last position of each token's row or segment, which says how long it is.
     """
     if rope is None:  # beside layers that rotate
         rotated = next(kind.rope for kind in config.layer_kinds if kind.rope)
@@ -186,7 +196,7 @@ def _angles(config: DecoderConfig, rope: Rope | None, positions: Array, tokens: 
     found = frequencies(config, rope)
     per_feature: Any = found.per_feature
     if found.longer is not None:
-        long = (jnp.max(tokens, axis=1) >= found.longest)[:, None, None, None]
+        long = (furthest >= found.longest)[:, :, None, None]
         per_feature = jnp.where(long, found.longer, found.per_feature)
     angles = positions[:, :, None, None].astype(jnp.float32) * per_feature
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -227,6 +237,7 @@ def attend(
     *,
     query_scalar: float | None = None,
     softcap: float | None = None,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
     """softmax(q kᵀ / √query_scalar + bias) v, softmax in float32.
 
@@ -239,6 +250,7 @@ def attend(
         bias: float32, broadcastable to (batch, kv_heads, group, time, slots).
         query_scalar: ``head_dim`` by default.
         softcap: scores become softcap · tanh(scores / softcap) before the bias is added.
+        dropout: applied to the weights that softmax gives.
 
     Returns:
         (batch, time, heads * head_dim) in the query's dtype.
@@ -254,6 +266,7 @@ def attend(
     if softcap is not None:
         scores = capped(scores, softcap)
     weights = jax.nn.softmax(scores.reshape(batch, kv_heads, group, time, slots) + bias)
+    weights = weights if dropout is None else dropout(weights)
     weights = weights.astype(query.dtype).reshape(scores.shape)
     mixed = _batched(weights, values.astype(query.dtype), contract=2, result=query.dtype)
     return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2).reshape(batch, time, -1)

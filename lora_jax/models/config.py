@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from lora_jax.errors import InputError
 from lora_jax.models.forms import (
     AttentionForm,
+    ExpertsForm,
     LayerKind,
     LongScaling,
     MLPForm,
@@ -51,6 +52,7 @@ class DecoderConfig:
         norm: how features are normed.
         attention: how queries, keys and values are made and compared.
         mlp: the feed-forward block.
+        experts: a mixture of experts in its place, with its activation; None: none.
         scale_embeddings: embeddings are multiplied by √hidden_size.
         logit_softcap: logits are bent to stay within ± this; None: they aren't.
         tie_embeddings: the head contracts the embedding table; otherwise it has its own kernel.
@@ -61,6 +63,10 @@ class DecoderConfig:
             logits are float32 whatever it is, and parameters keep the dtype they are stored in.
         remat: recompute each block in the backward pass instead of keeping its activations.
         scan_unroll: blocks per iteration of the scan over layers.
+        expert_products: ``scan``, a layer's experts one after another, each over all tokens, with
+            zeros for those that don't meet it: the work of all experts, under any transformation;
+            ``ragged``, tokens sorted by expert and `jax.lax.ragged_dot`: on accelerators the work
+            of the experts that tokens meet, but JAX doesn't vmap it over adapters.
 
     Raises:
         InputError: for sizes that can't make a decoder, all of them in one message.
@@ -86,6 +92,7 @@ num_kv_heads=3; head_dim=15 can't be rotated whole by pairs
     norm: NormForm = NormForm()
     attention: AttentionForm = AttentionForm()
     mlp: MLPForm = MLPForm()
+    experts: ExpertsForm | None = None
     scale_embeddings: bool = False
     logit_softcap: float | None = None
     tie_embeddings: bool = True
@@ -94,6 +101,7 @@ num_kv_heads=3; head_dim=15 can't be rotated whole by pairs
     dtype: str = "float32"
     remat: bool = False
     scan_unroll: int = 1
+    expert_products: Literal["scan", "ragged"] = "scan"
 
     def __post_init__(self) -> None:
         if problems := _problems(self):
@@ -125,7 +133,8 @@ def _problems(config: DecoderConfig) -> list[str]:
         ),
     }
     found = [problem for problem, holds in checks.items() if holds]
-    return [*found, *_unknown_choices(config), *_layer_problems(config)]
+    experts = _expert_problems(config.experts) if config.experts else []
+    return [*found, *_unknown_choices(config), *_layer_problems(config), *experts]
 
 
 def _unknown_choices(config: DecoderConfig) -> Iterable[str]:
@@ -133,10 +142,21 @@ def _unknown_choices(config: DecoderConfig) -> Iterable[str]:
         ("norm", config.norm, "kind"),
         ("mlp", config.mlp, "kind"),
         ("mlp", config.mlp, "activation"),
+        ("", config, "expert_products"),
     ):
         known, value = get_args(get_type_hints(type(form))[field]), getattr(form, field)
         if value not in known:
-            yield f"{name}.{field}={value!r} is none of {', '.join(known)}"
+            yield f"{name}.{field}={value!r} is none of {', '.join(known)}".lstrip(".")
+
+
+def _expert_problems(form: ExpertsForm) -> Iterable[str]:
+    for name in ("count", "per_token", "width"):
+        if (size := getattr(form, name)) < 1:
+            yield f"experts.{name}={size} is below 1"
+    if form.per_token > form.count:
+        yield f"experts.per_token={form.per_token} is more than experts.count={form.count}"
+    if form.shared_width < 0:
+        yield f"experts.shared_width={form.shared_width} is negative"
 
 
 def _layer_problems(config: DecoderConfig) -> Iterable[str]:

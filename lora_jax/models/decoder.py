@@ -16,6 +16,10 @@ and, where the config says so::
     layers/self_attn/{q_norm,k_norm}/scale                    (layers, head_dim)
     layers/self_attn/qkv_proj/kernel                          (layers, in, q + k + v)
     layers/mlp/gate_up_proj/kernel                            (layers, in, gate + up)
+    layers/mlp/gate/kernel                                    (layers, hidden, experts)
+    layers/mlp/experts/gate_up_proj                           (layers, experts, in, gate + up)
+    layers/mlp/experts/down_proj                              (layers, experts, in, out)
+    layers/mlp/shared_expert/{gate,up,down}_proj/kernel       (layers, in, out)
 
 A projection with a bias has a ``bias`` (layers, out) beside its kernel, a norm with one beside
 its scale.
@@ -47,6 +51,7 @@ from lora_jax.models.attention import (
     write,
 )
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.experts import RoutedMLP
 from lora_jax.paths import named_leaves
 
 __all__ = [
@@ -194,7 +199,7 @@ class Block(nn.Module):
         attended, cache = Attention(config, name="self_attn")(normed, cache, context)
         hidden = hidden + _normed_after(config, names.after_attention, attended)
         normed = Norm(config, name=names.before_mlp)(hidden)
-        fed = MLP(config, name="mlp")(normed)
+        fed = _feed_forward(config)(normed)
         hidden = hidden + _normed_after(config, names.after_mlp, fed)
         self.sow("intermediates", "hidden", hidden, init_fn=lambda: None, reduce_fn=_latest)
         return hidden, cache
@@ -210,7 +215,9 @@ class Decoder(nn.Module):
     ((1, 2, 320), dtype('float32'))
 
     Per-layer outputs, (layers, batch, time, hidden), come with ``mutable=["intermediates"]``
-    at ``intermediates/layers/hidden``.
+    at ``intermediates/layers/hidden``; where tokens went in a mixture of experts, an
+    `lora_jax.models.experts.Routing` of (layers, batch, time, ...), with ``mutable=["routing"]``
+    at ``routing/layers/mlp/router``.
     """
 
     config: DecoderConfig
@@ -266,6 +273,13 @@ class Decoder(nn.Module):
         return logits, KVCache(keys, values, cache.length + tokens.shape[1])
 
 
+def _feed_forward(config: DecoderConfig) -> nn.Module:
+    if config.experts is None:
+        return MLP(config, name="mlp")
+    activation = ACTIVATIONS[config.mlp.activation]
+    return RoutedMLP(config.experts, activation, config.dtype, config.expert_products, name="mlp")
+
+
 def _linear(config: DecoderConfig, name: str, features: int, use_bias: bool) -> nn.Dense:
     return nn.Dense(features, use_bias=use_bias, dtype=config.dtype, kernel_init=_normal, name=name)
 
@@ -319,7 +333,7 @@ def _layers(config: DecoderConfig) -> Callable[..., tuple[Array, Any]]:
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     scanned = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "routing": 0},
         split_rngs={"params": True},
         in_axes=cast(Any, (0, 0, nn.broadcast)),
         length=config.num_layers,

@@ -6,6 +6,7 @@
 `NormForm`              how features are normed, and where besides before attention and MLP
 `AttentionForm`         biases, one fused projection, scale and cap of the scores
 `MLPForm`               gated or plain, its activation, biases
+`ExpertsForm`           a mixture of experts in the MLP's place
 ======================  ========================================================================
 """
 
@@ -157,3 +158,22 @@ class MLPForm:
     kind: Literal["gated", "fused", "plain"] = "gated"
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     bias: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """A feed-forward block of which each token meets a few experts, gated MLPs without biases.
+
+    Args:
+        count: experts of a layer.
+        per_token: experts that a token meets, those of the largest probability.
+        width: inside each expert.
+        renormalised: the probabilities of a token's experts are divided by their sum.
+        shared_width: inside the expert that every token meets; 0 where there is none.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    renormalised: bool = False
+    shared_width: int = 0

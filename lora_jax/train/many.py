@@ -15,7 +15,7 @@ import optax
 
 from lora_jax.train.gradients import LossFn
 from lora_jax.train.losses import LossSum
-from lora_jax.train.members import Joint, Member, Traits, corner, join
+from lora_jax.train.members import SCALED, Joint, Member, Traits, corner, join
 from lora_jax.train.micro_batches import one_after_another
 from lora_jax.train.precision import FLOAT32, Precision
 from lora_jax.train.step import StepMetrics, TrainState, init_state, make_step
@@ -191,13 +191,19 @@ def _scaled(loss_fn: LossFn, scales: Mapping[str, jax.Array]) -> LossFn:
 
     def scaled(adapter: Any, params: Any, batch: Any) -> LossSum:
         folded = {
-            path: entry._replace(b=entry.b * _along_stack(scales[path], entry.b))
+            path: _scaled_entry(entry, scales[path])
             for path, entry in adapter.items()
             if path in scales
         }
         return loss_fn({**adapter, **folded}, params, batch)
 
     return scaled
+
+
+def _scaled_entry(entry: Any, scale: jax.Array) -> Any:
+    [name] = SCALED & {*entry._fields}
+    array = getattr(entry, name)
+    return entry._replace(**{name: array * _along_stack(scale, array)})
 
 
 def _along_stack(scale: jax.Array, b: jax.Array) -> jax.Array:

@@ -14,6 +14,9 @@ import numpy as np
 
 from lora_jax.errors import InputError
 
+SCALED = frozenset(("b", "bias"))
+"""The arrays of an entry that stand for their product with the scale."""
+
 
 class Member(NamedTuple):
     """One of the adapters that are trained together."""
@@ -31,7 +34,8 @@ class Traits(NamedTuple):
     learning_rate: Any
     """(N,) float32."""
     scales: dict[str, Any]
-    """Of each site with A and B: (N,), or (N, stack) where it differs along the stack."""
+    """Of each site with A and B, or with an update of a bias: (N,), or (N, stack) where it differs
+    along the stack."""
 
 
 class Joint(NamedTuple):
@@ -50,7 +54,9 @@ def join(members: Sequence[Member]) -> Joint:
     plans = [member.plan for member in members]
     sites = {path: [plan[path] for plan in plans] for path in plans[0]}
     plan = replace(plans[0], sites=tuple(map(_common_site, sites.values())))
-    scales = {path: _scales(each) for path, each in sites.items() if "b" in each[0].entry_shapes}
+    scales = {
+        path: _scales(each) for path, each in sites.items() if SCALED & {*each[0].entry_shapes}
+    }
     rates = np.array([member.learning_rate for member in members], np.float32)
     adapters = jax.device_get([member.adapter for member in members])
     return Joint(plan, jax.tree.map(_stacked, *adapters), Traits(rates, scales))

@@ -1,5 +1,6 @@
 """The optimizer: AdamW as torch computes it, clipped by the adapter's norm."""
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -55,12 +56,41 @@ def adamw(
     """
     tx = optax.chain(
         clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1, b2, eps),
+        scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=decays),
         scale_by_kind({"b": b_ratio}),
         optax.scale_by_learning_rate(learning_rate),
     )
     return partition(tx, freeze) if freeze else tx
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """m̂ / (√v̂ + eps), with m̂ = m / (1 - b1ᵗ) and v̂ = v / (1 - b2ᵗ) to float32's last bits.
+
+    `optax.scale_by_adam` takes 1 - b2ᵗ as a difference of float32 numbers: with 0.999 it is off by
+    1.3e-5 for hundreds of updates, where torch computes in float64. Its state is the same.
+
+    Source: Kingma and Ba, "Adam", arXiv:1412.6980; `torch.optim.AdamW`.
+
+    >>> tx = scale_by_adam(0.9, 0.999, 0.0)
+    >>> float(tx.update(jnp.float32(3), tx.init(jnp.float32(0)))[0])
+    1.0
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = state.count + 1
+        first, second = _one_minus_power(b1, count), _one_minus_power(b2, count)
+        scaled = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
+        return scaled, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def _one_minus_power(base: float, count: jax.Array) -> jax.Array:
+    """1 - baseᵗ, the logarithm in float64."""
+    return -jnp.expm1(count * (math.log(base) if base else -math.inf))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

@@ -14,9 +14,9 @@ from lora_jax.errors import InputError
 BASE = "base"
 """The label of every leaf outside an adapter's entries."""
 
-_ENTRIES = {("a", "b"), ("a", "b", "m"), ("value",), ("indices", "rows")}
+_ENTRIES = {("a", "b"), ("a", "b", "m"), ("value",), ("indices", "rows"), ("bias",)}
 _RENAMED = {"value": "full"}
-KINDS = ("a", "b", "m", "full", "rows")
+KINDS = ("a", "b", "m", "full", "rows", "bias")
 """The labels inside an adapter's entries."""
 
 
@@ -24,9 +24,9 @@ def labels(tree: Any) -> Any:
     """A tree like ``tree`` with the kind of each leaf in its place.
 
     Leaves of an adapter's entries get the name of their field: ``a`` and ``b`` (the low-rank
-    factors), ``m`` (DoRA's magnitude), ``rows`` (trained rows of a matrix), and ``full`` for the
-    value of a leaf that is trained whole. All other leaves get ``base``. Entries are known by
-    their fields, wherever in the tree they stand.
+    factors), ``m`` (DoRA's magnitude), ``rows`` (trained rows of a matrix), ``bias`` (the
+    update of a bias), and ``full`` for the value of a leaf that is trained whole. All other leaves
+    get ``base``. Entries are known by their fields, wherever in the tree they stand.
 
     >>> from lora_jax.adapter import LoraPair
     >>> labels({"params": {"w": 1.0}, "adapter": {"w": LoraPair(2.0, 3.0)}})

@@ -115,5 +115,6 @@ _FACTOR_AXES: dict[str, Callable[[Roles, Mapping[int, Axes]], list[Axes]]] = {
     "m": _magnitude,
     "value": _whole,
     "rows": _rows,
+    "bias": _whole,
 }
 """By an array's name in its entry: the mesh axes of each of its axes."""

@@ -170,3 +170,19 @@ def test_the_adapter_of_a_checkpoint_is_a_peft_directory(whole):
     newest = checkpoint.latest(whole / "run" / "checkpoints").directory
     tensors = torch_io.read(newest / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 7
+
+
+def test_the_best_is_chosen_among_the_checkpoints_that_there_are(tmp_path, capsys):
+    """--keep-best that comes with --resume finds no checkpoint of an earlier, lower loss."""
+    out = tmp_path / "run"
+    heldout = write_rows(tmp_path / "b.jsonl", [(q, "Nobody knows.") for q, _ in ROWS[:3]])
+    more = ["--heldout", str(heldout), "--eval-every", "1", "--save-every", "0"]
+    more += ["--schedule", "constant", "--warmup", "0", "--learning-rate", "0.05"]
+    assert main(words(tmp_path, out, *more)) == 0
+    [saved] = checkpoint.steps(out / "checkpoints")
+    losses = {line["step"]: line["heldout_loss"] for line in log(out) if line.get("heldout_loss")}
+    assert min(losses, key=losses.__getitem__) < saved
+    assert main(words(tmp_path, out, *more, "--resume", "--keep-best")) == 0
+    chosen = json.loads((out / "answers.json").read_text())["after"]["loss"]
+    assert chosen == pytest.approx(losses[saved], abs=1e-6)
+    assert "chosen    the adapter" not in capsys.readouterr().out

@@ -13,6 +13,7 @@ RULES = {
     "lora": lora.Rule("w"),
     "unequal layers": lora.Rule("w", rank=(2, 0, 1), alpha=(1.0, 2.0, 3.0)),
     "full": lora.Rule("w", variant="full"),
+    "bias": lora.Rule("w", rank=(2, 0, 1), alpha=(1.0, 2.0, 3.0), variant="bias"),
 }
 
 

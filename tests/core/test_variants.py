@@ -1,6 +1,7 @@
 """What an entry may be: unequal ranks in a stack, DoRA, leaves trained whole, trained rows."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,45 @@ def test_leaves_of_any_shape_may_be_trained_whole():
     adapter = random_adapter(plan)
     assert_low_rank_equals_merge(network, plan, NETWORK, adapter, X)
     assert (lora.merge(NETWORK, adapter, plan)["norm"] == adapter["norm"].value).all()
+
+
+def test_a_bias_gets_what_a_bias_on_b_would_add():
+    targets = ("w", Rule("bias", variant="bias", alpha=6))
+    plan = lora.plan(network, NETWORK, X, config=LoraConfig(2, targets=targets))
+    assert plan["bias"].scale == 3.0
+    assert plan.trainable == 2 * (4 + 6) + 6
+    fresh = lora.init(jax.random.key(0), NETWORK, plan)
+    np.testing.assert_array_equal(lora.adapt(network, plan)(NETWORK, fresh, X), network(NETWORK, X))
+    adapter = random_adapter(plan)
+    assert_low_rank_equals_merge(network, plan, NETWORK, adapter, X)
+    added = lora.merge(NETWORK, adapter, plan)["bias"] - NETWORK["bias"]
+    np.testing.assert_allclose(added, 3.0 * adapter["bias"].bias, rtol=1e-12)
+
+
+def test_biases_of_a_stack_have_the_scales_of_its_layers():
+    params = {"w": normal(3, 4, 4), "bias": normal(3, 4)}
+    targets = ("w", Rule("bias", variant="bias"))
+    config = LoraConfig((2, 0, 1), (3.0, 9.0, 4.0), targets=targets)
+
+    def layers(params, x):
+        return lax.scan(lambda h, p: (jnp.tanh(h @ p["w"] + p["bias"]), None), x, params)[0]
+
+    plan = lora.plan(layers, params, X, config=config)
+    assert plan["bias"].scale == (1.5, 0.0, 4.0)
+    adapter = random_adapter(plan)
+    assert_low_rank_equals_merge(layers, plan, params, adapter, X)
+    added = lora.merge(params, adapter, plan)["bias"] - params["bias"]
+    scales = np.array([[1.5], [0.0], [4.0]])
+    np.testing.assert_allclose(added, scales * adapter["bias"].bias, atol=1e-12)
+    equal = replace(config, rank=(2, 0, 2), alpha=3.0)
+    assert lora.plan(layers, params, X, config=equal)["bias"].scale == (1.5, 0.0, 1.5)
+    with pytest.raises(InputError, match="'bias' has 3 along its first axis, but rank has 2"):
+        lora.plan(
+            layers,
+            params,
+            X,
+            config=replace(config, targets=Rule("bias", variant="bias", rank=(1, 2), alpha=1.0)),
+        )
 
 
 def test_whole_leaves_are_float32_and_cast_at_use():

@@ -5,6 +5,7 @@ the run goes on once there is room. 25: refused before training; files have the 
 """
 
 import re
+import shutil
 import subprocess
 from contextlib import contextmanager
 
@@ -81,6 +82,25 @@ def test_3_a_file_that_may_not_grow_ends_the_run_and_leaves_the_checkpoint_befor
     assert not attempt.leftovers()
     assert attempt.run("--resume")[0] == 0
     assert attempt.result() == undisturbed.result()
+
+
+def test_3_a_disk_too_small_for_checkpoints_costs_the_run_nothing_else_where_asked(
+    training, undisturbed, tmp_path
+):
+    attempt = training(tmp_path, SAVING_OFTEN)
+    assert attempt.run(dies=("metrics.jsonl", 4))[0] == 137
+    shutil.rmtree(attempt.checkpoints)
+    with small_disk(attempt.checkpoints, 40):
+        status, printed = attempt.run("--resume", "--on-save-error", "continue")
+        assert status == 0, printed
+        told = re.findall(r"going on  no checkpoint of update (\d+) was written", printed)
+        assert told == ["2", "4", "6", "8", "10", "12", "14", "15"]
+        assert not attempt.leftovers()
+        assert checkpoint.steps(attempt.checkpoints) == []
+    adapters = (
+        each.out / "adapter" / "adapter_model.safetensors" for each in (attempt, undisturbed)
+    )
+    assert len({path.read_bytes() for path in adapters}) == 1
 
 
 def in_a_file(attempt):

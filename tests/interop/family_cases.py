@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from interop import hf
-from interop.families import FAMILIES, family_of, keymap_of
+from interop.families import FAMILIES, keymap_of
 from interop.hf_config import from_attributes
 from interop.keymaps import blocks_of
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 
 SIZES = {
@@ -33,6 +34,7 @@ OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -45,21 +47,22 @@ SHORT, LONG = [1.0, 1.1, 1.3, 1.6], [1.0, 2.0, 4.0, 9.0]
 LONGROPE = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 
 
+# What isn't said above, so that every rotation shows.
+ROPE = {"gpt2": {}, "opt": {}, "gemma3_text": {"rope_theta": 5e3, "rope_local_base_freq": 500.0}}
+
+
 class Case(NamedTuple):
-    """A family, and what a config of it says besides `SIZES`."""
+    """A family, and what a config of it says besides the sizes."""
 
     family: str
-    attributes: dict
+    said: dict
 
     @property
-    def config(self):
-        """In transformers."""
-        of = {"gpt2": GPT2, "opt": OPT}.get(self.family, SIZES)
-        base = {"rope_theta": 500.0} if FAMILIES[self.family].layers.rope else {}
-        if self.family == "gemma3_text":
-            base = {"rope_theta": 5000.0, "rope_local_base_freq": 500.0}
-        model = getattr(transformers, FAMILIES[self.family].architecture)
-        return model, model.config_class(**{**of, **base, **self.attributes})
+    def attributes(self):
+        sizes = {"gpt2": GPT2, "opt": OPT}.get(self.family, SIZES)
+        special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+        rope = ROPE.get(self.family, {"rope_theta": 500.0})
+        return {"model_type": self.family, **sizes, **special, **rope, **self.said}
 
 
 CASES = {
@@ -84,6 +87,14 @@ CASES = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "mixtral": Case("mixtral", {"num_local_experts": 4}),
+    "mixtral window": Case("mixtral", {"sliding_window": 5, "num_experts_per_tok": 1}),
+    "qwen3_moe": Case("qwen3_moe", MOE),
+    "qwen3_moe windows": Case(
+        "qwen3_moe",
+        {**MOE, "norm_topk_prob": True, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
+    ),
     "smollm3": Case("smollm3", {"no_rope_layer_interval": 2}),
     "gemma": Case("gemma", {"num_key_value_heads": 1}),
     "gemma2": Case("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 11}),
@@ -103,12 +114,12 @@ CASES = {
     "phi3": Case("phi3", {"sliding_window": 7}),
     "phi3 short rows": Case(
         "phi3",
-        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32, "pad_token_id": 0},
+        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32},
     ),
-    "phi3 long rows": Case(
-        "phi3",
-        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16, "pad_token_id": 0},
+    "phi3 while it grows": Case(
+        "phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}
     ),
+    "phi3 part of each head": Case("phi3", {"partial_rotary_factor": 0.5}),
 }
 
 TOKENS = np.random.default_rng(1).integers(2, 61, (2, 24))
@@ -116,7 +127,7 @@ TOKENS = np.random.default_rng(1).integers(2, 61, (2, 24))
 
 class Built(NamedTuple):
     model: transformers.PreTrainedModel
-    config: object
+    config: DecoderConfig
     params: dict
     hidden: np.ndarray  # of transformers
     logits: np.ndarray
@@ -124,19 +135,18 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(name):
-    """The torch model of a case, what it computes, and the same model read here."""
-    model_class, config = CASES[name].config
-    config.pad_token_id = None
+    """A random torch model, what it computes, and the same model read here."""
+    model_class = getattr(transformers, FAMILIES[CASES[name].family].architecture)
     torch.manual_seed(0)
-    model = model_class(config).eval()
+    model = model_class(model_class.config_class(**CASES[name].attributes)).eval()
     with torch.no_grad():
         for path, weight in model.named_parameters():
             spread = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
             one = weight.ndim == 1 and path.endswith("weight") and "gemma" not in name
             weight.normal_(1.0 if one else 0.0, spread)
-    ours = from_attributes(model.config.to_dict())
+    config = from_attributes(model.config.to_dict())
     tensors = {path: tensor.numpy() for path, tensor in model.state_dict().items()}
-    return Built(model, ours, hf.params_of(ours, tensors), *torch_trace(model, ours, TOKENS))
+    return Built(model, config, hf.params_of(config, tensors), *torch_trace(model, config, TOKENS))
 
 
 def torch_trace(model, config, tokens):
@@ -151,11 +161,13 @@ def torch_trace(model, config, tokens):
     return torch.stack(outputs).numpy(), logits
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def compiled(function, **settings):
+    """The jitted function, built in half the time and run in more: tiny models run once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **settings)
+
+
+@functools.partial(compiled, static_argnums=0)
 def trace(config, params, tokens):
     """The same of ours."""
     (logits, _), sown = Decoder(config).apply({"params": params}, tokens, mutable=["intermediates"])
     return sown["intermediates"]["layers"]["hidden"], logits
-
-
-__all__ = ["CASES", "TOKENS", "Built", "Case", "built", "family_of", "torch_trace", "trace"]

@@ -204,6 +204,8 @@ def test_what_a_file_of_loralib_leaves_out_has_to_be_told(tmp_path):
         read(tmp_path / "lora.pt", Given(alpha=6))
     with pytest.raises(lora.InputError, match="no factors for enable_lora"):
         read(tmp_path / "lora.pt", Given(alpha=6, enable_lora={"fc": (True, False, False)}))
+    with pytest.raises(lora.InputError, match="enable_lora names no module of it: 'attn'"):
+        read(tmp_path / "lora.pt", Given(alpha=6, enable_lora={**MASK, "attn": (True,)}))
     with pytest.raises(lora.InputError, match="enables nothing"):
         read(tmp_path / "lora.pt", Given(alpha=6, enable_lora={"fc": (False,)}))
 

@@ -176,12 +176,19 @@ def stacked_members():
     ]
 
 
+@functools.cache
+def bias_members():
+    targets = ("layers", lora.Rule("gain", variant="bias"))
+    configs = [lora.LoraConfig(rank=2, alpha=a, targets=targets) for a in (1.0, 6.0)]
+    return [small_member(config) for config in configs]
+
+
 def optimizer(learning_rate):
     return adamw(learning_rate, clip_norm=0.3, weight_decay=0.1, b_ratio=2.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [mixed_members, stacked_members])
+@pytest.mark.parametrize("make", [mixed_members, stacked_members, bias_members])
 def test_every_variant_scale_and_rank_along_a_stack(make):
     members = make()
     together = train_many(small_loss_of, optimizer, SMALL, members, TOKENS)

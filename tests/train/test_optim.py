@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax import lax
 
-from lora_jax.adapter import DoraTriple, Full, LoraPair, Rows
+from lora_jax.adapter import Bias, DoraTriple, Full, LoraPair, Rows
 from lora_jax.errors import InputError
 from lora_jax.train.losses import LossSum, cross_entropy
 from lora_jax.train.optim import adamw, clip_by_global_norm, decays
@@ -336,12 +336,13 @@ def test_labels_name_the_field_of_every_entry():
     one = jnp.ones(2)
     adapter = {
         "p": LoraPair(one, one), "d": DoraTriple(one, one, one), "f": Full(one),
-        "r": Rows((1,), one), "w": one,
+        "r": Rows((1,), one), "c": Bias(one), "w": one,
     }  # fmt: skip
     found = labels(adapter)
     assert found["d"] == DoraTriple("a", "b", "m")
     assert (found["p"], found["f"]) == (LoraPair("a", "b"), Full("full"))
     assert found["r"].rows == "rows"
+    assert found["c"] == Bias("bias")
     assert found["w"] == "base"
 
 
