@@ -76,7 +76,7 @@ def read(directory: str | os.PathLike) -> PeftFile:
         for name, found in fields.items()
         if "rows" in found
     }
-    notes = (*problems, *_notes(config, modules, settings, experts))
+    notes = (*problems, *_notes(config, modules, settings, experts), *_rebased(raw))
     tied = config.ensure_weight_tying
     return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
 
@@ -209,3 +209,10 @@ def _notes(
         )
     if config.use_rslora:
         yield "use_rslora: the scale is alpha/√rank; servers that don't know it take alpha/rank"
+
+
+def _rebased(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Initialisers that take their first update off the base, which PEFT does again on loading."""
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(("pissa", "olora")):
+        yield f"{init}, not converted: its updates are of a base without their first values"

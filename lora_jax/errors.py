@@ -27,7 +27,7 @@ def listed(names: Iterable[str]) -> str:
     """
     names = [*names]
     more = len(names) - _NAMED_AT_MOST
-    shown = ", ".join(map(_shown, names[:_NAMED_AT_MOST]))
+    shown = ", ".join(printable(name[:_LETTERS_AT_MOST]) for name in names[:_NAMED_AT_MOST])
     return shown + (f" and {more} more" if more > 0 else "")
 
 
@@ -37,7 +37,10 @@ def raise_listed(subject: str, names: Iterable[str]) -> None:
         raise InputError(f"{subject}: {listed(found)}")
 
 
-def _shown(name: str) -> str:
-    """Cut, and without what would steer a terminal."""
-    name = name[:_LETTERS_AT_MOST]
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
+def printable(text: str) -> str:
+    """The text, without what would steer a terminal.
+
+    >>> print(printable("red \\x1b[31m"))
+    red \\x1b[31m
+    """
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

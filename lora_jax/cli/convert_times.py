@@ -1,7 +1,7 @@
 """Conversions of a state dict, timed in turns, and the memory that each takes.
 
-Source and target are in memory: the file is in the page cache when it is read, and a write is
-timed up to there; how long the disk takes to have it is a row of its own.
+A file is in the page cache when it is read, and a write of one is timed up to there: what the disk
+takes is a row of its own, and so is what a file takes of which nothing has to be converted.
 """
 
 import gc
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.cli.bench_convert import Options
+from lora_jax.files import sync_tree
 
 # Of the linear layers of a block: features in and out, those of a decoder of 1.1 billion weights.
 _LINEARS = {
@@ -65,31 +66,31 @@ def conversions(options: Options) -> Report:
     linears = (Rule(f"layers/{n}/kernel", f"layers.{{i}}.{n}.weight", (1, 0)) for n in _LINEARS)
     table = Keymap((*linears, Rule("embed/embedding", "embed.weight")))
     leaves = _random_leaves(shapes, dtype)
-    tensors = to_torch(nest(leaves), table)
+    views = to_torch(nest(leaves), table)
+    tensors = _contiguous(views)
     size = sum(leaf.nbytes for leaf in leaves.values())
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         file = Path(directory) / "model.safetensors"
-        torch_io.write(file, tensors)
+        torch_io.write(file, views)
         jobs = (
             Job("memcpy into new memory", partial(_copied, leaves), size),
+            Job("memcpy into memory in use", partial(_copy_over, leaves), 0),
+            Job("state dict -> leaves", partial(from_torch, tensors, table, shapes), size),
+            Job("leaves -> state dict", partial(_contiguous, views), size),
             Job(
                 "safetensors -> leaves",
                 lambda: from_torch(torch_io.read(file), table, shapes),
                 2 * size,
             ),
-            Job("leaves -> safetensors", partial(_write_unsynced, file, tensors), 0),
-            Job("same, waiting for the disk", partial(torch_io.write, file, tensors), 0),
-            Job(
-                "write() alone, no conversion",
-                partial(_write_unsynced, file.with_name("plain"), leaves),
-                0,
-            ),
+            Job("leaves -> safetensors", partial(_write_unsynced, file, views), 0),
+            Job("same, waiting for the disk", partial(torch_io.write, file, views), 0),
+            Job("write() alone, no conversion", partial(_write_unsynced, file, tensors), 0),
         )
         beyond = [_beyond(job) for job in jobs]
-        seconds = _fastest(jobs, options.rounds)
+        seconds = _fastest(jobs, options.rounds, size, Path(directory))
     rates = [size / 1e9 / each for each in seconds]
     rows = tuple(map(Row, (job.name for job in jobs), rates, beyond))
-    return Report(rows, size / 1e9, max(tensor.nbytes for tensor in tensors.values()))
+    return Report(rows, size / 1e9, max(tensor.nbytes for tensor in views.values()))
 
 
 def _shapes(megabytes: int, itemsize: int) -> dict[str, tuple[int, ...]]:
@@ -110,6 +111,25 @@ def _copied(leaves: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [leaf.copy() for leaf in leaves.values()]
 
 
+def _contiguous(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors by value, each in an order of its own, as torch would have them."""
+    from interop.copying import copy_into
+
+    copies = {name: np.empty(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name, copy in copies.items():
+        copy_into(copy, tensors[name])
+    return copies
+
+
+def _copy_over(leaves: dict[str, np.ndarray]) -> None:
+    """As many bytes, a piece of a leaf at a time over the same other one."""
+    for leaf in leaves.values():
+        flat = leaf.reshape(-1)
+        half = flat.size // 2
+        np.copyto(flat[half : 2 * half], flat[:half])
+        np.copyto(flat[:half], flat[half : 2 * half])
+
+
 def _write_unsynced(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """What `torch_io.write` does but for waiting for the disk."""
     from interop import safetensors_file
@@ -118,14 +138,17 @@ def _write_unsynced(path: Path, tensors: dict[str, np.ndarray]) -> None:
         safetensors_file.write_to(file, safetensors_file.in_file_order(tensors), {"format": "pt"})
 
 
-def _fastest(jobs: Sequence[Job], rounds: int) -> list[float]:
+def _fastest(jobs: Sequence[Job], rounds: int, size: int, directory: Path) -> list[float]:
     """Seconds of each job: of all rounds the best, for what else the machine does only adds."""
-    taken = [[_seconds(job.run) for job in jobs] for _ in range(rounds)]
+    taken = [[_seconds(job.run, size, directory) for job in jobs] for _ in range(rounds)]
     return [min(of_job) for of_job in zip(*taken, strict=True)]
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[[], Any], size: int, directory: Path) -> float:
+    """Time of one run, for which disk and memory are left in the same state each time."""
     gc.collect()
+    sync_tree(directory)
+    np.ones(size, np.uint8)  # the system has as much memory at hand as the run may ask for
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

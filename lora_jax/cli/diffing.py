@@ -8,9 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lora_jax.cli.diff import DIFFERS, Options
-from lora_jax.cli.inspecting import finite
+from lora_jax.cli.inspecting import cell, finite
 from lora_jax.cli.terminal import open_console
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, printable
 
 if TYPE_CHECKING:
     from interop.adapter_format import Given
@@ -91,7 +91,7 @@ def _settings(found: "Comparison") -> list[str]:
         "scale": [m for m in both if m.scales[0] != m.scales[1]],
     }
     return [
-        f"{word} differs in {len(modules)} modules, first {modules[0].name}: "
+        f"{word} differs in {len(modules)} modules, first {printable(modules[0].name)}: "
         f"{getattr(modules[0], word + 's')[0]:g} and {getattr(modules[0], word + 's')[1]:g}"
         for word, modules in differing.items()
         if modules
@@ -107,10 +107,10 @@ def _table(found: "Comparison", beyond: list[str], *, every: bool) -> Table | No
     for heading in ("rank", "scale", "‖ΔW‖", "relative", "largest", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
     for module in shown[:cut]:
-        table.add_row(*_row(module))
+        table.add_row(*map(cell, _row(module)))
     for name, relative in found.whole.items():
         if every or name in set(beyond):
-            table.add_row(name, "", "", "whole", f"{relative:.2g}")
+            table.add_row(cell(name), "", "", "whole", f"{relative:.2g}")
     if len(shown) > cut:
         table.add_row(f"and {len(shown) - cut} more: --every shows them")
     return table if table.row_count else None

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from lora_jax.cli.inspect_adapter import Options
 from lora_jax.cli.terminal import open_console
+from lora_jax.errors import printable
 
 if TYPE_CHECKING:
     from interop.inspection import Inspection, ModuleReport
@@ -66,7 +68,7 @@ def bar(values: Sequence[float], width: int = _BAR_WIDTH) -> str:
 def _summary(found: "Inspection") -> str:
     parts = [
         f"{found.format} adapter",
-        f"base {found.base}" if found.base else "names no base",
+        f"base {printable(found.base)}" if found.base else "names no base",
         f"{len(found.modules)} modules",
         f"rank {_span({m.rank for m in found.modules})}" if found.modules else "",
         f"scale {_span({m.scale for m in found.modules})}" if found.modules else "",
@@ -94,11 +96,11 @@ def _table(found: "Inspection", *, every: bool) -> Table:
     table.add_column("spectrum", no_wrap=True)
     alone = {module.name: [module] for module in found.modules}
     for name, modules in (alone if every else layers_together(found.modules)).items():
-        table.add_row(*_row(name, modules))
+        table.add_row(*map(cell, _row(name, modules)))
     for name, shape in found.whole.items():
-        table.add_row(name, _shape(shape), "whole")
+        table.add_row(cell(name), _shape(shape), "whole")
     for name, count in found.rows.items():
-        table.add_row(name, f"{count} rows", "rows")
+        table.add_row(cell(name), f"{count} rows", "rows")
     return table
 
 
@@ -129,6 +131,11 @@ def _span(values: set[Any]) -> str:
     """One value, or the least and the greatest."""
     ends = dict.fromkeys(f"{value:.4g}" for value in (min(values), max(values)))
     return " … ".join(ends)
+
+
+def cell(text: str) -> Text:
+    """Text of a table that is taken as it is: names come from strangers' files."""
+    return Text(printable(text))
 
 
 def finite(value: Any) -> Any:

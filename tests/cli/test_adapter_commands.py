@@ -157,6 +157,8 @@ FAULTS = {
     "its alpha": (("inspect", "{file}"), "don't hold alpha"),
     "a wrong format": (("inspect", "{file}", "--format", "peft"), "is no peft adapter"),
     "gguf beside peft": (("diff", "{plain}", "{gguf}"), "give --model"),
+    "nothing to convert": (("bench", "convert", "--megabytes", "0"), "--megabytes 0: at least 1"),
+    "no such disk": (("bench", "convert", "--directory", "{here}/a"), "a: no such directory"),
     "a tolerance": (("diff", "{plain}", "{plain}", "--tolerance", "-1"), "--tolerance -1.0"),
 }  # fmt: skip
 
@@ -254,6 +256,7 @@ WARNINGS = {
     "ranks that differ from the config's": (lambda t: {}, {"r": 8}),
     "that are no targets": (lambda t: {}, {"target_modules": ["k_proj"]}),
     "use_rslora": (lambda t: {}, {"use_rslora": True}),
+    "pissa, not converted": (lambda t: {}, {"init_lora_weights": "pissa"}),
     "it can't be used here: init_lora_weights": (lambda t: {}, {"init_lora_weights": "corda"}),
 }  # fmt: skip
 
@@ -354,3 +357,17 @@ def test_diff_of_other_modules_and_of_magnitudes(base, plain, square, tmp_path, 
     moved = changed(dora, tmp_path / "moved", lambda t: {name: t[name] * 2})
     status, found = printed_json(capsys, "diff", dora, moved)
     assert [m["others"] for m in found["modules"] if m["worst"] > 0.1] == [{"magnitude": 0.5}]
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x", "\x1b[31mred", "a\nb", "🦙.é"])
+def test_names_of_modules_are_text_and_nothing_else(name, plain, tmp_path, capsys):
+    def renamed(tensors):
+        return {f"{name}.lora_{f}.weight": tensors[f"{Q}{f}.weight"] * 3 for f in "AB"}
+
+    odd = changed(plain, tmp_path / "odd", renamed, base_model_name_or_path=name)
+    for words, status in ((("inspect", odd), 0), (("diff", plain, odd), 1)):
+        assert run(*words) == status
+        assert run(*words, "--form", "json") == status
+        printed = capsys.readouterr().out
+        assert "\x1b" not in printed
+        assert name.encode("unicode_escape").decode() in printed or name in printed

@@ -208,6 +208,13 @@ CASES = {
     "Llama, layers by a pattern": Case("Llama", dict(
         target_modules=QKV, layers_to_transform=[1], layers_pattern=["h", "layers"],
     )),
+    "Llama, some layers by name": Case("Llama", dict(
+        target_modules=r"model\.layers\.[0]\.mlp\..*_proj",
+    )),
+    "Llama, ranks by layer, dora": Case("biased Llama", dict(
+        target_modules=QKV, use_dora=True, rank_pattern={r"layers\.1\..*": 1},
+    )),
+    "Llama, head saved": Case("Llama", dict(target_modules=QKV, modules_to_save=["lm_head"])),
     "Llama, every linear layer, dora": Case("Llama", dict(
         target_modules="all-linear", use_dora=True,
     )),

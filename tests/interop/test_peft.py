@@ -103,41 +103,14 @@ def test_reading_gives_back_what_was_written(tmp_path, params, config):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-IMPORTS = {
-    "plain": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-    "rslora": dict(r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True),
-    "all-linear": dict(r=4, lora_alpha=8, target_modules="all-linear"),
-    "regular expression": dict(r=4, lora_alpha=8, target_modules=r".*\.(q_proj|up_proj)"),
-    "exclusion": dict(r=4, lora_alpha=8, target_modules=PROJECTIONS, exclude_modules=["q_proj"]),
-    "patterns": dict(
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "k_proj", "down_proj", "lm_head"],
-        rank_pattern={"self_attn.q_proj": 2, r"model\.layers\.\d+\.mlp\.down_proj": 6},
-        alpha_pattern={"q_proj": 3.5, "^lm_head": 1},
-    ),
-    "patterns and rslora": dict(
-        r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 9},
-        use_rslora=True,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("config", IMPORTS.values(), ids=IMPORTS)
-def test_we_compute_the_function_of_an_adapter_from_peft(tmp_path, params, config):
-    model = save_with_peft(params, tmp_path, config)
-    adapter, plan = peft.read(tmp_path, params, keymap=LLAMA)
-    theirs = torch_logits(model)
-    np.testing.assert_allclose(our_logits(params, adapter, plan), theirs, atol=5e-6, rtol=0)
-    with model.disable_adapter():
-        assert np.abs(theirs - torch_logits(model)).max() > 0.1
+PLAIN = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
 def test_pickled_weights_are_read_where_there_are_no_others(tmp_path, params):
-    save_with_peft(params, tmp_path, IMPORTS["plain"], safe_serialization=False)
+    save_with_peft(params, tmp_path, PLAIN, safe_serialization=False)
     assert (tmp_path / PICKLED_WEIGHTS).exists()
     pickled, _ = peft.read(tmp_path, params, keymap=LLAMA)
-    save_with_peft(params, tmp_path / "safe", IMPORTS["plain"])
+    save_with_peft(params, tmp_path / "safe", PLAIN)
     safe, _ = peft.read(tmp_path / "safe", params, keymap=LLAMA)
     jax.tree.map(np.testing.assert_array_equal, pickled, safe)
 
@@ -236,7 +209,7 @@ def test_the_base_is_kept_in_the_manifest(tmp_path, pair):
 
 
 def test_a_directory_from_peft_says_nothing_about_its_base(tmp_path, params):
-    save_with_peft(params, tmp_path, IMPORTS["plain"])
+    save_with_peft(params, tmp_path, PLAIN)
     assert peft.base_of(tmp_path) == {}
 
 
