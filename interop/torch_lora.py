@@ -277,7 +277,8 @@ def _linears(model: "nn.Module") -> "Iterator[tuple[str, nn.Linear]]":
     transformers = sys.modules.get("transformers.pytorch_utils")
     kinds = (nn.Linear, getattr(transformers, "Conv1D", nn.Linear))
     adapted = tuple(f"{name}." for name in lora_layers(model))
-    for name, module in model.named_modules():
+    modules: Any = model.named_modules()
+    for name, module in modules:
         if name and type(module) in kinds and not name.startswith(adapted):
             yield name, module
 
