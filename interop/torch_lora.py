@@ -6,11 +6,12 @@ Written from the papers and tutorials, apart from the JAX code that it is compar
     print(trainable_summary(model))
     train(model, updates, recipe)          # torch_training.py
     save_adapter(model, "adapter.pth")     # torch_lora_files.py: A and B alone
-    merge(model)                           # for inference
+    unload(merge(model))                   # for inference: the plain model, with W + ΔW
 """
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,12 @@ class LowRankPath:
     W (out, in) and the bias are frozen. A (rank, in) starts random and B (out, rank) at zero, so
     that a fresh layer computes what it did before, and A's first gradient is zero.
 
+    loralib merges whenever a module goes to eval mode, and a state dict saved there holds ΔW twice
+    when it is loaded to train; here `merge` and `unmerge` are calls of their own.
+
     Args:
-      layer: the ``nn.Linear`` to adapt; it is kept and frozen.
+      layer: the ``nn.Linear`` to adapt, or GPT-2's ``Conv1D``, whose weight is (in, out), what
+        loralib calls fan_in_fan_out; it is kept and frozen.
       rank: rows of A and columns of B.
       alpha: scaling is alpha/rank; None for a scaling of 1, as MiniMind has it.
       dropout: share of the entries of A's input that are dropped in training.
@@ -59,9 +64,12 @@ class LowRankPath:
         # At least float32: an update of bfloat16 factors would be lost in rounding.
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         a, b = layer.weight.new_empty, layer.weight.new_zeros
+        self.fan_in_fan_out = not isinstance(layer, nn.Linear)
+        shape = tuple(layer.weight.shape)
+        outputs, inputs = shape[::-1] if self.fan_in_fan_out else shape
         self.original_layer = layer.requires_grad_(False)
-        self.lora_A = nn.Parameter(a((rank, layer.in_features), dtype=dtype))
-        self.lora_B = nn.Parameter(b((layer.out_features, rank), dtype=dtype))
+        self.lora_A = nn.Parameter(a((rank, inputs), dtype=dtype))
+        self.lora_B = nn.Parameter(b((outputs, rank), dtype=dtype))
         self.dropout = nn.Dropout(dropout)
         self.scaling = 1.0 if alpha is None else alpha / rank
         self._unmerged_weight: Tensor | None = None
@@ -84,8 +92,9 @@ class LowRankPath:
         return (y + hidden @ self.lora_B.T * self.scaling).to(y.dtype)
 
     def delta_weight(self) -> "Tensor":
-        """ΔW = scaling · B A, of W's shape (out, in)."""
-        return (self.lora_B @ self.lora_A * self.scaling).detach()
+        """ΔW = scaling · B A, of W's shape: (out, in), or (in, out) with fan_in_fan_out."""
+        delta = (self.lora_B @ self.lora_A * self.scaling).detach()
+        return delta.T if self.fan_in_fan_out else delta
 
     @property
     def merged(self) -> bool:
@@ -164,7 +173,8 @@ def by_regex(pattern: str) -> Selection:
 
 def square(linears: Linears) -> list[str]:
     """Layers with as many inputs as outputs: MiniMind's rule."""
-    return [name for name, layer in linears.items() if layer.in_features == layer.out_features]
+    shapes = {name: layer.weight.shape for name, layer in linears.items()}
+    return [name for name, (rows, columns) in shapes.items() if rows == columns]
 
 
 def apply_lora(
@@ -181,8 +191,8 @@ def apply_lora(
     Called again, with another rank perhaps, it adapts further layers beside the first ones.
 
     Args:
-      model: holds ``nn.Linear`` layers. Subclasses of it are left alone, since their owners may
-        read the weight past ``forward``, as ``nn.MultiheadAttention`` does.
+      model: holds ``nn.Linear`` or ``Conv1D`` layers. Subclasses are left alone, since their
+        owners may read the weight past ``forward``, as ``nn.MultiheadAttention`` does.
       select: which of them.
       rank, alpha, dropout, init_std: as for `LowRankPath`.
 
@@ -212,16 +222,38 @@ def lora_layers(model: "nn.Module") -> dict[str, LowRankPath]:
     return {name: module for name, module in modules if isinstance(module, LowRankPath)}
 
 
-def merge(model: "nn.Module") -> None:
-    """Merge every adapted layer, for inference without a second path."""
+def merge(model: "nn.Module") -> "nn.Module":
+    """Merge every adapted layer, for inference without a second path; gives the model back."""
     for layer in lora_layers(model).values():
         layer.merge()
+    return model
 
 
 def unmerge(model: "nn.Module") -> None:
     """Take every merged layer back to its own weight, exactly."""
     for layer in lora_layers(model).values():
         layer.unmerge()
+
+
+def unload(model: "nn.Module") -> "nn.Module":
+    """Put the plain layers back, merged if they are: names and classes of the base again."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.original_layer)
+    return model
+
+
+def factors(model: "nn.Module") -> "dict[str, Tensor]":
+    """A copy of every A and B by name, such as `movements` starts from."""
+    return {
+        f"{name}.{factor}": getattr(layer, factor).detach().clone()
+        for name, layer in lora_layers(model).items()
+        for factor in ("lora_A", "lora_B")
+    }
+
+
+def movements(model: "nn.Module", since: "Mapping[str, Tensor]") -> dict[str, float]:
+    """‖now - then‖ of every A and B, to watch which layers learn."""
+    return {name: (now - since[name]).norm().item() for name, now in factors(model).items()}
 
 
 def parameter_counts(model: "nn.Module") -> tuple[int, int]:
@@ -241,9 +273,13 @@ def _linears(model: "nn.Module") -> "Iterator[tuple[str, nn.Linear]]":
     """Linear layers that are not adapted yet."""
     from torch import nn
 
+    # A model that holds a Conv1D has imported its class.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    kinds = (nn.Linear, getattr(transformers, "Conv1D", nn.Linear))
     adapted = tuple(f"{name}." for name in lora_layers(model))
-    for name, module in model.named_modules():
-        if name and type(module) is nn.Linear and not name.startswith(adapted):
+    modules: Any = model.named_modules()
+    for name, module in modules:
+        if name and type(module) in kinds and not name.startswith(adapted):
             yield name, module
 
 

@@ -120,6 +120,20 @@ def minimind_schedule(peak: float, steps: int) -> Schedule:
     return lambda count: peak / 10 + 0.5 * peak * (1 + math.cos(math.pi * (count + 1) / steps))
 
 
+def shifted_twice(batch: Batch) -> Batch:
+    """The batch as MiniMind's notebook trains it: position t on token t + 2.
+
+    Its dataset shifts the targets, and its loop shifts them again. To compare with it, and for
+    nothing else.
+
+    >>> import torch
+    >>> ids = torch.tensor([[5, 6, 7, 8]])
+    >>> shifted_twice(Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 3))).targets.tolist()
+    [[7, 8]]
+    """
+    return Batch(batch.inputs[..., :-1], batch.targets[..., 1:], batch.weights[..., 1:])
+
+
 def accumulated(batches: Sequence[Batch], accumulate: int = 1) -> list[Update]:
     """Updates of ``accumulate`` batches each, in which every trained position weighs the same.
 

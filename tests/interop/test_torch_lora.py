@@ -1,5 +1,6 @@
 """The LoRA in torch: against PEFT, its merge, its injection, the numbers of the tutorials."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -28,11 +29,14 @@ from interop.torch_lora import (
     apply_lora,
     by_name,
     by_regex,
+    factors,
     lora_layers,
     merge,
+    movements,
     parameter_counts,
     square,
     trainable_summary,
+    unload,
 )
 from interop.torch_training import (
     mean_cross_entropy,
@@ -182,6 +186,43 @@ def test_which_layers_are_adapted(make, select, expected):
     assert apply_lora(model, select, rank=2) == expected == list(lora_layers(model))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.lora_{factor}" for name in expected for factor in "AB"}
+
+
+def test_gpt2s_conv1d_is_adapted_and_merged_as_in_peft():
+    """Its weight is (in, out); c_proj is square, so that a wrong transpose has the right shape."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCAB, "n_positions": 16}
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    plain, tokens = copy.deepcopy(base), torch.arange(12)[None]
+    model = copy.deepcopy(base)
+    names = apply_lora(model, by_name("c_attn", "attn.c_proj"), rank=4, alpha=6)
+    assert names == [
+        f"transformer.h.{i}.attn.{part}" for i in (0, 1) for part in ("c_attn", "c_proj")
+    ]
+    fill(model)
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=names, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(base, settings)
+    for name, layer in lora_layers(model).items():
+        target = theirs.base_model.model.get_submodule(name)
+        target.lora_A["default"].weight.data.copy_(layer.lora_A.data)
+        target.lora_B["default"].weight.data.copy_(layer.lora_B.data)
+    expected = theirs(tokens).logits
+    assert (model(tokens).logits - expected).abs().max() < 1e-6
+    assert (plain(tokens).logits - expected).abs().max() > 0.1
+    unload(merge(model))
+    assert (model(tokens).logits - expected).abs().max() < 1e-5
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert type(model) is type(plain)
+
+
+def test_movements_say_which_factor_learns():
+    model, _ = adapted(MLP, by_name("up", "down"))
+    before = factors(model)
+    model.up.lora_B.data += 0.5
+    moved = movements(model, before)
+    assert moved.pop("up.lora_B") == pytest.approx(0.5 * (2 * WIDTH * 4) ** 0.5)
+    assert set(moved.values()) == {0.0}
+    assert set(moved) == {"up.lora_A", "down.lora_A", "down.lora_B"}
 
 
 def test_a_square_factor_is_not_adapted_in_its_turn():

@@ -37,6 +37,7 @@ from interop.torch_training import (
     cosine_schedule,
     mean_cross_entropy,
     minimind_schedule,
+    shifted_twice,
     train,
 )
 from lora_jax.train.losses import cross_entropy
@@ -254,6 +255,20 @@ BAD_TRAINING = {
 def test_what_training_refuses(message, call):
     with pytest.raises(lora.InputError, match=message):
         call()
+
+
+def test_the_notebooks_second_shift_is_its_slicing_of_the_logits():
+    """The notebook drops the last logits and the first targets and weights."""
+    model, _ = adapted(*MODELS["transformer"][::2])
+    batch = torch_batches(data())[0]
+    logits = model(batch.inputs)[..., :-1, :]
+    each = nn.CrossEntropyLoss(reduction="none")
+    raw = each(logits.reshape(-1, VOCAB), batch.targets[..., 1:].reshape(-1))
+    mask = batch.weights[..., 1:].reshape(-1)
+    expected = (raw * mask).sum() / (mask.sum() + 1e-8)
+    found = mean_cross_entropy(model, shifted_twice(batch))
+    assert abs(found - expected) < 1e-6
+    assert abs(found - mean_cross_entropy(model, batch)) > 1e-2
 
 
 def test_the_notebooks_learning_rates():
