@@ -337,6 +337,7 @@ def save_with_peft(case: Case, directory: Path, **kwargs: Any) -> nn.Module:
             factor = re.search("lora_(embedding_)?[AB].*weight|lora_embedding", name)
             if parameter.requires_grad and not (factor and case.inits is False):
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        model.create_or_update_model_card = lambda directory: None  # Takes longer than the rest.
         model.save_pretrained(directory, **{"save_embedding_layers": False, **kwargs})
     return model
 
