@@ -173,7 +173,7 @@ def test_a_file_cut_anywhere_is_refused_with_both_sizes(tmp_path):
         (lambda raw: raw[:4] + b"\x09\0\0\0" + raw[8:], "version 9, expected one of (2, 3)"),
         (lambda raw: raw[:4] + b"\0\0\0\x03" + raw[8:], "version 50331648"),
         (lambda raw: raw[:8] + b"\xff" * 8 + raw[16:], "is a damaged GGUF file"),
-        (lambda raw: raw[:16] + b"\xff" * 8 + raw[24:], "its header alone needs"),
+        (lambda raw: raw[:16] + b"\xff" * 8 + raw[24:], "keys, at most 50000"),
         (lambda raw: raw.replace(b"0.attn_q.", b"0.attn_k.", 1), "repeated tensors: blk.0.attn_k"),
         (lambda raw: raw.replace(b"general.arch", b"\xff\xfeneral.arch", 1), "can't decode byte"),
     ],
