@@ -260,7 +260,7 @@ NOTED = {
         "layers.1.fc: several entries of alpha_pattern match it, with the values [1, 5]",
     ),
     "a target that matches nothing": (
-        "mlp", dict(target_modules=["0", "7"]), "target_modules: '7' matches nothing",
+        "mlp", dict(target_modules=["0", "7"]), "target_modules: '7' match nothing",
     ),
     "a projection alone": (
         "attention", dict(target_modules=["out_proj"]), "PEFT ignores an adapter of the output",
