@@ -138,7 +138,8 @@ def _shape(module: ModuleAdapter) -> tuple[int, ...]:
 
 def _norm(array: np.ndarray) -> float:
     values = np.asarray(array, np.float32).ravel()
-    square = float(np.dot(values, values))
+    with np.errstate(over="ignore"):
+        square = float(np.dot(values, values))
     return math.sqrt(square) if math.isfinite(square) else float(np.linalg.norm(finite(array)))
 
 

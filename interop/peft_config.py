@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.peft_matching import PeftConfig
+from interop.peft_matching import PeftConfig, shown
 from lora_jax.errors import InputError
 from lora_jax.manifest import read_small_json
 
@@ -166,11 +166,11 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if not field.fits(raw.get(key, field.default))
     }
     for key, expected in wrong.items():
-        yield f"{key} is {raw.get(key)!r}, expected {expected}"
+        yield f"{key} is {shown(raw.get(key))}, expected {expected}"
     for key in sorted(key for key in set(raw) - set(_FIELDS) - _HARMLESS if raw[key]):
         kind = _UNSUPPORTED.get(key)
         reason = f"not supported: {kind}" if kind else "a key that is not known here"
-        yield f"{key} is {raw[key]!r}, {reason}"
+        yield f"{shown(key)[1:-1]} is {shown(raw[key])}, {reason}"
     if not wrong:
         yield from _contradictions(_from(raw))
 
@@ -187,7 +187,7 @@ def _contradictions(config: PeftConfig) -> Iterator[str]:
         if getattr(config, key) is not None and isinstance(config.target_modules, str):
             yield f"{key} is given, but target_modules is a pattern: name the modules in a list"
     if config.layers_pattern and config.layers_to_transform is None:
-        yield f"layers_pattern is {config.layers_pattern!r} without layers_to_transform"
+        yield f"layers_pattern is {shown(config.layers_pattern)} without layers_to_transform"
 
 
 def _from(raw: Mapping[str, Any]) -> PeftConfig:

@@ -130,6 +130,12 @@ def _above(tensor: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
+def shown(value: Any) -> str:
+    """The value for a message, cut."""
+    text = repr(value)
+    return text if len(text) <= _LETTERS_AT_MOST else f"{text[:_LETTERS_AT_MOST]}…"
+
+
 def _ends(names: Any) -> str | frozenset[str]:
     """A pattern as it is, the items of a list as a set."""
     return names if isinstance(names, str) else frozenset(names or ())
@@ -149,8 +155,17 @@ def is_named(module: str, names: Collection[str]) -> bool:
     >>> is_named("layers.0.k_proj", {"k_proj"}), is_named("layers.0.k_proj", {"proj"})
     (True, False)
     """
+    return any(ending in names for ending in endings(module))
+
+
+def endings(module: str) -> list[str]:
+    """The module's name, and its ends after each dot.
+
+    >>> endings("layers.0.k_proj")
+    ['layers.0.k_proj', '0.k_proj', 'k_proj']
+    """
     parts = module.split(".")
-    return any(".".join(parts[first:]) in names for first in range(len(parts)))
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def _in_layers(config: PeftConfig, module: str, matches: Mapping[Pattern, Any]) -> bool:
@@ -249,3 +264,4 @@ def _matched(
 
 
 _NAMED_AT_MOST = 5
+_LETTERS_AT_MOST = 200

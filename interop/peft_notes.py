@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from interop.peft_config import REBASED_INITS
-from interop.peft_matching import PeftConfig, ambiguous_patterns, is_named
+from interop.peft_matching import PeftConfig, ambiguous_patterns, endings
 from interop.peft_modules import Base
 from interop.peft_sites import Claims
 from interop.peft_versions import swapped_parameters
+from lora_jax.errors import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,9 +114,10 @@ def _rebased(about: About) -> Iterator[str]:
 
 def _unmatched(about: About) -> Iterator[str]:
     targets: Any = about.config.target_modules
-    for name in [] if isinstance(targets, str) else sorted(targets or ()):
-        if not any(is_named(target, {name}) for target in about.claims.settings):
-            yield f"target_modules: {name!r} matches nothing, which PEFT passes over in silence"
+    names = [] if isinstance(targets, str) else sorted(targets or ())
+    ends = {end for target in about.claims.settings for end in endings(target)}
+    if idle := [repr(name) for name in names if name not in ends]:
+        yield f"target_modules: {listed(idle)} match nothing, which PEFT passes over in silence"
 
 
 _NOTES: tuple[Callable[[About], Iterator[str]], ...] = (

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
@@ -18,11 +19,10 @@ from interop.peft_rebasing import against_the_original, rebasing_problems
 from interop.peft_sites import Claims, claims_of, sites_of
 from interop.peft_versions import swapped_parameters, undecided
 from lora_jax.adapter import entry_of
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, listed
 from lora_jax.site import Site
 
 _FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-_NAMED_AT_MOST = 5
 
 
 def sites_and_entries(
@@ -123,7 +123,7 @@ def _tensor_problems(
     }
     for kind, names in found.items():
         if names:
-            yield f"{kind}: {_listed(names)}"
+            yield f"{kind}: {listed(sorted(names))}"
     yield from _hints(found["unexpected"], found["missing"], tensors, expected)
 
 
@@ -141,7 +141,7 @@ def _hints(
         "with the adapter's name in them": lambda n: _ADAPTER_NAME.sub(r"\1\2", n),
     }
     for looks, respelt in spellings.items():
-        if any(respelt(name) in missing for name in unexpected):
+        if any(respelt(name) in missing for name in islice(unexpected, _LOOKED_AT)):
             yield f"the unexpected are names of missing ones {looks}: rename them"
     for name, shape in expected.items():
         found = tensors[name].shape if name in tensors else ()
@@ -157,6 +157,7 @@ def _hints(
             )
 
 
+_LOOKED_AT = 1000
 _ADAPTER_NAME = re.compile(r"(lora_\w+)\.[^.]+(\.weight|\.bias|)$")
 
 
@@ -176,12 +177,6 @@ def _entry(site: Site, arrays: Mapping[str, np.ndarray]) -> Any:
 def _float32(tensor: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.asarray(tensor, np.float32)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def _raise_all(subject: str, problems: Iterable[str]) -> None:

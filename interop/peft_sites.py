@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interop.keymaps import Index, indices
-from interop.peft_matching import PeftConfig, Setting, adapted_modules, saved_tensors
+from interop.peft_matching import PeftConfig, Setting, adapted_modules, saved_tensors, shown
 from interop.peft_modules import PARAMETERS, Base, roles_of, saved_module
 from lora_jax.site import Site
 
@@ -191,7 +191,10 @@ def _row_problems(config: PeftConfig, base: Base) -> Iterator[str]:
             path = base.modules[module][0]
             rows = getattr(base.leaves.get(path), "shape", (0,))[0]
             if outside := [token for token in tokens if token >= rows]:
-                yield f"trainable_token_indices {outside} are outside the {rows} rows of {module!r}"
+                yield (
+                    f"trainable_token_indices {shown(outside)} are outside the {rows} rows of "
+                    f"{module!r}"
+                )
             if base.rules[path].order not in ((), (0, 1)):
                 yield f"trainable_token_indices name {module!r}, whose leaf has no row for a token"
 
@@ -201,9 +204,9 @@ def _target_problems(
 ) -> Iterator[str]:
     if not found:
         yield (
-            f"target_modules {config.target_modules!r} name no module of it"
+            f"target_modules {shown(config.target_modules)} name no module of it"
             if config.target_modules
-            else f"target_parameters {config.target_parameters!r} name no parameter of it"
+            else f"target_parameters {shown(config.target_parameters)} name no parameter of it"
         )
     for name in found:
         path, _ = where[name]

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from interop.dlpack import as_numpy, as_torch
+from interop.pickle_cost import slowness
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.files import atomic_file
 
 _OLDEST_SAFE_TORCH = (2, 10)
+_LEGACY_PICKLES = 5
+_SLOW = "it would take too long; if it is what it should be, save it as .safetensors"
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -79,19 +82,41 @@ def _safe_torch(path: Path) -> Any:
 
 
 def _archive_problem(path: Path, size: int) -> str | None:
-    """What in a zip archive torch has not written: it would fill the memory when unpacked."""
+    """What torch has not written: it would fill the memory, or take for ever, when unpacked."""
     try:
         if not zipfile.is_zipfile(path):
-            return None  # torch's older format, or none of its formats
+            return _legacy_problem(path)
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            return _entries_problem(archive, size) or _slow_problem(archive)
     except Exception as error:  # what zipfile raises for a damaged archive has no common base
         return f"is a damaged archive: {listed([str(error)])}"
-    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
-    if packed:
+
+
+def _entries_problem(archive: zipfile.ZipFile, size: int) -> str | None:
+    entries = archive.infolist()
+    if packed := [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]:
         return f"holds compressed entries, which torch doesn't write: {listed(packed)}"
+    if len({entry.filename for entry in entries}) < len(entries):
+        return "holds entries of one name"
     unpacked = sum(entry.file_size for entry in entries)
     return f"unpacks to {unpacked} bytes, more than it has" if unpacked > size else None
+
+
+def _slow_problem(archive: zipfile.ZipFile) -> str | None:
+    for name in archive.namelist():
+        if name.rpartition("/")[2] == "data.pkl":
+            with archive.open(name) as file:
+                if reason := slowness(file):
+                    return f"{reason}: {_SLOW}"
+    return None
+
+
+def _legacy_problem(path: Path) -> str | None:
+    """torch's older format has several pickles one after the other, or is none of its formats."""
+    with open(path, "rb") as file:
+        reasons = (slowness(file) for _ in range(_LEGACY_PICKLES))
+        reason = next(filter(None, reasons), None)
+    return reason and f"{reason}: {_SLOW}"
 
 
 def _named(name: Any, tensor: Any) -> bool:

@@ -12,11 +12,12 @@ import secrets
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, listed
 
 LOCK = ".lock"
 _UNFINISHED = re.compile(r"\..+\.(tmp-\d+-[0-9a-f]{8}|(new|old)-\d+)")
@@ -55,8 +56,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object; a key that is there twice means something else to every reader."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has twice {sorted({key for key in keys if keys.count(key) > 1})}")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"it has twice {listed(sorted(key for key in counts if counts[key] > 1))}")
     return value
 
 

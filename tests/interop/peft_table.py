@@ -327,11 +327,11 @@ def outputs_of(kind: str, params: Any) -> np.ndarray:
 
 def save_with_peft(case: Case, directory: Path, **kwargs: Any) -> nn.Module:
     """A directory from PEFT, in whose adapter nothing is as it was at the start."""
+    model = copy.deepcopy(base_model(case.kind))
     torch.manual_seed(1)
     config = {"r": 2, "lora_alpha": 3, **case.config, "init_lora_weights": case.inits}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = copy.deepcopy(base_model(case.kind))
         model = reference.get_peft_model(model, reference.LoraConfig(**config)).eval()
         for name, parameter in model.named_parameters():
             factor = re.search("lora_(embedding_)?[AB].*weight|lora_embedding", name)

@@ -288,6 +288,7 @@ def test_a_made_up_header_is_read_only_where_the_reference_reads_it(tmp_path, he
         assert tensors.keys() == reference.keys()
 
 
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 UNSAFE = "holds no tensors that can be read safely|not tensors"
 
 
@@ -354,6 +355,41 @@ def test_an_archive_that_is_packed_is_refused_unpacked_nowhere(tmp_path):
     path.write_bytes(outside)
     outcome(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["bomb.pth"]
+
+
+def doubling(levels):
+    """A pickled dict whose key is a tuple of one tuple twice, and so on: a few bytes a level."""
+    tuples = b"".join(b"q%ch%c\x86" % (n, n) for n in range(levels))
+    return b"\x80\x02})" + tuples + b"K\x01s."
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_key_that_takes_for_ever_to_hash_is_refused(tmp_path, zipped):
+    path = tmp_path / "a.pth"
+    if zipped:
+        hidden = rezipped(
+            SMALL[".pth"], lambda n, data: (n, doubling(100) if n.endswith("data.pkl") else data)
+        )
+        path.write_bytes(hidden)
+    else:
+        torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+        head = b"".join(pickle.dumps(part, 2) for part in (LEGACY_MAGIC, 1001, {"little": True}))
+        assert path.read_bytes().startswith(head[:10])
+        path.write_bytes(head + doubling(100))
+    refused(path, "nests tuples deeper than 8")
+
+
+def test_a_pickle_of_a_million_operations_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"\x80\x02}" + b"K\x01K\x01s" * 400_000 + b".")
+    refused(path, "over 1,000,000 operations", seconds=3 * SECONDS, watched=False)
+
+
+def test_entries_of_one_name_are_refused(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        twice = rezipped(SMALL[".pth"], lambda name, data: (name.replace("/1", "/0"), data))
+    (tmp_path / "a.pth").write_bytes(twice)
+    refused(tmp_path / "a.pth", "entries of one name")
 
 
 def test_a_central_directory_that_lies_about_sizes_is_refused(tmp_path):
