@@ -22,6 +22,9 @@ class AdapterBase(NamedTuple):
     params: Any
     digest: str
     keymap: "Keymap"
+    """Of torch's modules, as PEFT names them."""
+    file_keymap: "Keymap"
+    """Of files other than PEFT's, which have a module for each expert."""
 
     @property
     def about(self) -> dict[str, str]:
@@ -36,13 +39,13 @@ def load_adapter_base(model: str) -> AdapterBase:
       InputError: it isn't there, or isn't implemented.
     """
     from interop import pretrained
-    from interop.families import keymap_of
+    from interop.families import file_keymap, keymap_of
     from lora_jax.cli.base import digest
 
     found = pretrained.load(model)
-    keymap = keymap_of(found.config)
-    stored = digest(found.params)
-    return AdapterBase(found.name, found.source, found.config, found.params, stored, keymap)
+    config, params = found.config, found.params
+    tables = keymap_of(config), file_keymap(config)
+    return AdapterBase(found.name, found.source, config, params, digest(params), *tables)
 
 
 def model_of(source: Path, model: str | None) -> str:
@@ -71,7 +74,7 @@ def given_of(base: AdapterBase, **more: Any) -> "Given":
     from interop.adapter_format import Given
     from interop.adapter_plan import base_modules
 
-    modules = base_modules(base.params, base.keymap)
+    modules = base_modules(base.params, base.file_keymap)
     return Given(base=modules, head_dim=base.config.head_dim, config=base.config, **more)
 
 
@@ -90,7 +93,7 @@ def read_for(
     directory = peft_directory(source)
     if directory is None or format not in (None, "peft"):
         file = open_adapter(source, given, format=format).adapter
-        return *to_plan(file, base.params, base.keymap), file.notes
+        return *to_plan(file, base.params, base.file_keymap), file.notes
     trained_on = peft.base_of(directory).get("digest")
     if trained_on not in (None, base.digest):
         raise InputError(

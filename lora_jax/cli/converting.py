@@ -74,7 +74,7 @@ def _write(options: ExportOptions, base: AdapterBase, adapter: Any, plan: Any) -
             base=base.about,
             for_serving=options.for_serving,
         )
-    file = from_plan(adapter, plan, base.keymap, params=base.params)
+    file = from_plan(adapter, plan, base.file_keymap, params=base.params)
     if options.format == _GGUF and options.dtype != "bfloat16":
         dtype = options.dtype or "float32"
         return gguf_adapter_writing.write(options.out, file, base.config, dtype=dtype)
