@@ -30,9 +30,14 @@ LOSS_LIMIT, PARAMETER_LIMIT = 1e-5, 1e-4
 
 
 def compare_training(
-    model: str = "tiny", steps: int = 100, peak: float = 2e-3, rank: int = 8, batch_size: int = 2
+    model: str = "tiny",
+    steps: int = 100,
+    peak: float = 2e-3,
+    rank: int = 8,
+    batch_size: int = 2,
+    b_std: float = 0.0,
 ) -> dict[str, TrainingComparison]:
-    """Train on all sides; each comparison by the name of its torch side."""
+    """Train on all sides, from B = 0 or a random B; each comparison by its torch side's name."""
     base = pretrained.load(model, dtype="float32")
     special = {f"{role}_token": text for role, text in base.special_tokens.items()}
     chat = ChatFormat(base.tokenizer, base.chat_template, special)
@@ -41,6 +46,11 @@ def compare_training(
     config = lora.LoraConfig(rank=rank, alpha=2 * rank, targets=r".*_proj/kernel")
     plan = lora.plan_from_axes(base.params, config, {"layers/.*": "stack in out"})
     adapter = lora.init(jax.random.key(0), base.params, plan)
+    spread = jax.random.normal
+    adapter = {
+        path: pair._replace(b=b_std * spread(jax.random.key(index), pair.b.shape))
+        for index, (path, pair) in enumerate(adapter.items())
+    }
     start = Start(base.config, base.params, adapter, plan, LLAMA)
     warmup = math.ceil(steps / 10)
     return train_on_all_sides(start, batches, Recipe(cosine_schedule(peak, steps, warmup)))

@@ -8,6 +8,10 @@ in torch, on the same batches in the same order::
     ours = jax_run(jax_loss, params, adapter, plan, batches, recipe, keymap=keymap)
     theirs = {"PEFT + AdamW": adamw_run(torch_model, torch_loss, batches, recipe)}
     found = compare_runs(ours, theirs, start)
+
+Adam divides a gradient by its own size: an entry whose gradient is as small as its rounding error
+may go either way, by up to the learning rate. It shows most in a B that has just left zero, whose
+norm is no larger than a few updates.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -182,7 +182,9 @@ def test_a_hundred_updates_of_the_decoder_on_real_rows_are_torchs():
 
 @pytest.mark.slow
 def test_a_few_updates_of_smollm2_are_torchs(smollm2_path):
+    """From a B that is not zero: one of a few updates is as small as what rounding does to it."""
     script = example()
-    found = script.compare_training("smollm2-135m", steps=4, peak=2e-4, rank=16)
-    require_equal(found, 4, script)
-    assert all(each.updates[-1].loss < each.updates[0].loss for each in found.values())
+    sizes = {"steps": 3, "peak": 2e-4, "rank": 16, "batch_size": 1, "b_std": 0.005}
+    found = script.compare_training("smollm2-135m", **sizes)
+    require_equal(found, 3, script)
+    assert all(each.moved > 1e-3 for each in found.values())
