@@ -56,21 +56,27 @@ def params_of(
 
     Args:
       config: the decoder they belong to.
-      tensors: by name; ``module.`` or what older files of the family leave out may be missing.
+      tensors: by name. What wrappers put before every name (``module.``, ``_orig_mod.``) may be
+        there, and what older files of the family leave out may be missing.
       dtype: dtype of the parameters; the tensors' own by default.
 
     Raises:
       InputError: tensors that don't fit, all of them.
     """
-    prefix = family_of(config).prefix
-    if prefix and not any(name.startswith(prefix) for name in tensors):
-        tensors = {_whole_name(name, prefix): tensor for name, tensor in tensors.items()}
-    table = file_keymap(config, tensors.keys())
-    return from_torch(tensors, table, leaf_shapes(config), dtype=dtype)
+    named = _whole_names(tensors, family_of(config).prefix)
+    table = file_keymap(config, named.keys())
+    return from_torch(named, table, leaf_shapes(config), dtype=dtype)
 
 
-def _whole_name(name: str, prefix: str) -> str:
-    return name if name.startswith("lm_head.") else prefix + name
+def _whole_names(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
+    """The tensors under the names that the family's class in transformers gives them."""
+    for wrapper in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return _whole_names({n.removeprefix(wrapper): t for n, t in tensors.items()}, prefix)
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    head = "lm_head."
+    return {n if n.startswith(head) else prefix + n: tensor for n, tensor in tensors.items()}
 
 
 def write(

@@ -235,9 +235,10 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int32 (batch, time). An id outside the vocabulary makes its row NaN.
-            positions: int32 (batch, time), for the rotary embedding. By default they count
-                from 0, or from the cache's length. Attention looks back in the order of the
-                row (or of the cache's slots), whatever the positions.
+            positions: int32 (batch, time), for the rotary embedding or the table of learned
+                positions, beyond whose end a row becomes NaN. By default they count from 0,
+                or from the cache's length. Attention looks back in the order of the row (or
+                of the cache's slots), whatever the positions.
             segment_ids: int32 (batch, time) for packed rows: a token sees only its own segment.
                 Padding is a segment too, 0 by convention.
             cache: what came before, from `init_cache` or an earlier call; None for training.

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,9 +12,17 @@ from rich.console import Console
 import lora_jax as lora
 from interop import peft, pretrained, torch_io
 from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
+from interop.families import keymap_of
+from interop.hf_config import from_attributes
 from interop.keymaps import LLAMA
+from interop.tokenizer import byte_tokenizer
 from lora_jax.cli.verify_report import render
+from lora_jax.errors import InputError
 from lora_jax.manifest import MANIFEST
+from lora_jax.models.decoder import Decoder
+
+from family_cases import TOKENS, built
+from small_models import random_params
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15]]
 CRITERIA = Criteria(max_logit_difference=1e-5, min_effect=1.0, min_positions=50)
@@ -178,3 +187,30 @@ def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, ours, words):
     assert "1.2e-01 apart" in text
     assert words in text
     assert with_flip.agrees is flipped.agrees is (words == "a tie within rounding")
+
+
+@pytest.mark.slow
+def test_a_family_with_other_names_is_verified(tmp_path):
+    """OPT's blocks, weights and positions stand elsewhere than Llama's."""
+    case = built("opt")
+
+    def model_fn(params, tokens):
+        return Decoder(case.config).apply({"params": params}, tokens)[0]
+
+    config = lora.LoraConfig(rank=2, targets="attention")
+    plan = lora.plan(model_fn, case.params, TOKENS, config=config)
+    fresh = lora.init(jax.random.key(0), case.params, plan)
+    adapter = {path: pair._replace(b=pair.b + 0.2) for path, pair in fresh.items()}
+    peft.write(tmp_path / "opt", adapter, plan, keymap=keymap_of(case.config))
+    few = Criteria(max_logit_difference=2e-5, min_effect=0.1, min_positions=20, min_prompts=2)
+    tokenizer = byte_tokenizer().tokenizer
+    model = SimpleNamespace(config=case.config, params=case.params, tokenizer=tokenizer)
+    report = verify(model, tmp_path / "opt", PROMPTS[:2], max_new_tokens=4, criteria=few)
+    assert report.agrees, report.reasons
+
+
+def test_a_family_that_peft_knows_by_other_names_is_refused(tmp_path):
+    config = from_attributes({"model_type": "minimind", "dim": 32, "n_layers": 2, "n_heads": 4})
+    model = SimpleNamespace(config=config, params=random_params(config), tokenizer=None)
+    with pytest.raises(InputError, match="names the weights of minimind_first otherwise"):
+        verify(model, tmp_path, PROMPTS)

@@ -367,7 +367,8 @@ def test_a_pth_of_the_first_minimind_is_read(tmp_path):
         name: torch.from_numpy(a.copy()) for name, a in to_torch(params, keymap_of(config)).items()
     }
     weights["output.weight"] = weights["tok_embeddings.weight"]
-    torch.save(weights, tmp_path / "full_sft_32.pth")
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
+    torch.save(wrapped, tmp_path / "full_sft_32.pth")
     read = hf.params_of(config, torch_io.read(tmp_path / "full_sft_32.pth"))
     for path, leaf in flatten(read).items():
         assert leaf.tobytes() == flatten(params)[path].tobytes(), path
