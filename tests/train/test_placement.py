@@ -248,7 +248,8 @@ def test_rules_of_the_decoder(path, spec):
 
 FUSED = replace(
     DECODER, layer_kinds=(LayerKind(rope=None),), position_offset=2,
-    mlp=MLPForm("fused", bias=True), norm=NormForm("layer", after=True, heads=True),
+    mlp=MLPForm("fused", bias=True),
+    norm=NormForm("layer", after=True, heads=True),
     attention=AttentionForm(bias=True, fused=True),
 )  # fmt: skip
 
