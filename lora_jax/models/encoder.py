@@ -170,8 +170,9 @@ class Encoder(nn.Module):
 
     >>> config = EncoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                        num_heads=2, max_positions=32, head="pooled", labels=("no", "yes"))
-    >>> params = init_encoder(jax.random.key(0), config)
-    >>> output = jax.jit(Encoder(config).apply)({"params": params}, jnp.array([[2, 7, 9, 3]]))
+    >>> params = jax.eval_shape(partial(init_encoder, config=config), jax.random.key(0))
+    >>> tokens = jnp.array([[2, 7, 9, 3]])
+    >>> output = jax.eval_shape(Encoder(config).apply, {"params": params}, tokens)
     >>> output.hidden.shape, output.logits.shape
     ((1, 4, 16), (1, 2))
 

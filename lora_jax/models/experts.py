@@ -48,10 +48,11 @@ class RoutedMLP(nn.Module):
     >>> form = ExpertsForm(count=4, per_token=2, width=8)
     >>> x = jnp.ones((1, 3, 16))
     >>> block = RoutedMLP(form)
-    >>> params = block.init(jax.random.key(0), x)["params"]
-    >>> params["experts"]["gate_up_proj"].shape
+    >>> made = jax.eval_shape(block.init, jax.random.key(0), x)
+    >>> made["params"]["experts"]["gate_up_proj"].shape
     (4, 16, 16)
-    >>> y, sown = block.apply({"params": params}, x, mutable=["routing"])
+    >>> apply = partial(block.apply, mutable=["routing"])
+    >>> y, sown = jax.eval_shape(apply, {"params": made["params"]}, x)
     >>> y.shape, sown["routing"]["router"].chosen.shape
     ((1, 3, 16), (1, 3, 2))
 

@@ -44,6 +44,9 @@ DECODER_RULES = (
     Rule(r"(.*/)?(q|k|v|qkv|gate|up|gate_up)_proj/bias", (TENSOR,)),
     Rule(r"(.*/)?(o|down)_proj/kernel", (TENSOR, FSDP)),
     Rule(r"(.*/)?(o|down)_proj/bias", ()),
+    Rule(r"(.*/)?experts/gate_up_proj", (FSDP, TENSOR)),
+    Rule(r"(.*/)?experts/down_proj", (TENSOR, FSDP)),
+    Rule(r"(.*/)?gate/kernel", (FSDP, None)),
     # Were its features split over fsdp, so would be the residual stream's: XLA would then move
     # activations instead of weights, four times the bytes.
     Rule(r"(.*/)?embed_tokens/embedding", ((TENSOR, FSDP), None)),
@@ -51,8 +54,8 @@ DECODER_RULES = (
     Rule(r"(.*/)?embed_positions/embedding", ()),
     Rule(r"(.*/)?\w*norm/(scale|bias)", ()),
 )
-"""Column-parallel q, k, v, gate and up, fused or not; row-parallel o and down; the ends over the
-vocabulary.
+"""Column-parallel q, k, v, gate and up, fused or not; row-parallel o and down, also of each expert;
+the ends over the vocabulary.
 
 Source of the tensor axis: Shoeybi et al., "Megatron-LM", arXiv:1909.08053.
 """

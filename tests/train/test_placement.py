@@ -18,7 +18,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import param_shapes
-from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm
+from lora_jax.models.forms import AttentionForm, ExpertsForm, LayerKind, MLPForm, NormForm
 from lora_jax.train.losses import LossSum
 from lora_jax.train.mesh import make_mesh
 from lora_jax.train.placement import Placement, on_mesh, on_one_device, on_replicas
@@ -267,6 +267,25 @@ FUSED = replace(
 )
 def test_rules_of_fused_weights_and_learned_positions(path, spec):
     leaves = leaf_shardings(param_shapes(FUSED), SIZES)
+    assert leaves[path].spec == PartitionSpec(*spec)
+    assert all(leaf.because.startswith("rule ") for leaf in leaves.values())
+
+
+EXPERTS = ExpertsForm(count=4, per_token=2, width=64, shared_width=64)
+ROUTED = replace(DECODER, mlp=MLPForm(), experts=EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        ("layers/mlp/gate/kernel", (None, "fsdp")),
+        ("layers/mlp/experts/gate_up_proj", (None, None, "fsdp", "tensor")),
+        ("layers/mlp/experts/down_proj", (None, None, "tensor", "fsdp")),
+        ("layers/mlp/shared_expert/down_proj/kernel", (None, "tensor", "fsdp")),
+    ],
+)
+def test_rules_of_experts(path, spec):
+    leaves = leaf_shardings(param_shapes(ROUTED), SIZES)
     assert leaves[path].spec == PartitionSpec(*spec)
     assert all(leaf.because.startswith("rule ") for leaf in leaves.values())
 
