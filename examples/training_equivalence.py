@@ -22,6 +22,7 @@ from interop.keymaps import LLAMA
 from interop.side_by_side import TrainingComparison
 from interop.torch_training import Recipe, cosine_schedule
 from lora_jax.data.chat import ChatFormat
+from lora_jax.paths import path_key
 
 HERE = Path(__file__).parent
 ROWS = HERE / "data" / "identity.jsonl"
@@ -45,11 +46,10 @@ def compare_training(
 
     config = lora.LoraConfig(rank=rank, alpha=2 * rank, targets=r".*_proj/kernel")
     plan = lora.plan_from_axes(base.params, config, {"layers/.*": "stack in out"})
-    adapter = lora.init(jax.random.key(0), base.params, plan)
-    spread = jax.random.normal
+    key, normal = jax.random.key(0), jax.random.normal
     adapter = {
-        path: pair._replace(b=b_std * spread(jax.random.key(index), pair.b.shape))
-        for index, (path, pair) in enumerate(adapter.items())
+        path: pair._replace(b=b_std * normal(path_key(key, path), pair.b.shape))
+        for path, pair in lora.init(key, base.params, plan).items()
     }
     start = Start(base.config, base.params, adapter, plan, LLAMA)
     warmup = math.ceil(steps / 10)
