@@ -75,7 +75,8 @@ def compare(first: FileAdapter, second: FileAdapter) -> Comparison:
     ['q']
     """
     names = [*dict.fromkeys((*first.modules, *second.modules))]
-    modules = tuple(_module(n, first.modules.get(n), second.modules.get(n)) for n in names)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is beyond any tolerance
+        modules = tuple(_module(n, first.modules.get(n), second.modules.get(n)) for n in names)
     return Comparison(modules, _arrays(_whole(first), _whole(second)))
 
 
@@ -125,7 +126,7 @@ def _outer(module: ModuleAdapter) -> tuple:
 def _distances(
     one: ModuleAdapter, two: ModuleAdapter, norms: tuple[float, float]
 ) -> tuple[float, float, float]:
-    (a1, b1), (a2, b2) = factors(one), factors(two)
+    (a1, b1), (a2, b2) = ((x.astype(np.float64) for x in factors(m)) for m in (one, two))
     a = np.concatenate([a1, a2], axis=-2)
     b = np.concatenate([one.scale * b1, -two.scale * b2], axis=-1)
     between = singular_values(
@@ -161,7 +162,7 @@ def _relative(one: np.ndarray | None, two: np.ndarray | None) -> float:
     """‖x - y‖ over the larger norm; infinite where one is absent, or not finite."""
     if one is None or two is None or one.shape != two.shape:
         return math.inf
-    x, y = finite(one), finite(two)
+    x, y = finite(one).astype(np.float64), finite(two).astype(np.float64)
     if not all(np.isfinite(np.asarray(each, np.float64)).all() for each in (one, two)):
         return math.inf
     return float(np.linalg.norm(x - y) / max(np.linalg.norm(x), np.linalg.norm(y), 1e-300))

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+_SIDES = {1: 512, 2: 512}
 _SIDE = 256
-"""Rows and columns of a block: two of float32 fit the second-level cache."""
+"""Rows and columns of a block, by bytes of an element: blocks stay in the second-level cache."""
 _CACHE_LINE = 64
 _WORDS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
@@ -31,7 +32,8 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
     rest = [axis for axis in range(target.ndim) if axis not in (along, across)]
     targets = target.transpose(*rest, across, along)
     sources = source.transpose(*rest, across, along)
-    stage = np.empty((_SIDE, _SIDE + _CACHE_LINE // target.itemsize), target.dtype)
+    side = _SIDES.get(target.itemsize, _SIDE)
+    stage = np.empty((side, side + _CACHE_LINE // target.itemsize), target.dtype)
     for index in np.ndindex(targets.shape[:-2]):
         _copy_blocks(targets[index], sources[index], stage)
 
@@ -89,10 +91,10 @@ def _fastest_axis(array: np.ndarray) -> int:
 
 def _copy_blocks(target: np.ndarray, source: np.ndarray, stage: np.ndarray) -> None:
     """Copy a matrix whose rows are contiguous from one whose columns are."""
-    rows, columns = target.shape
-    for column in range(0, columns, _SIDE):
-        for row in range(0, rows, _SIDE):
-            block = target[row : row + _SIDE, column : column + _SIDE]
+    (rows, columns), side = target.shape, len(stage)
+    for column in range(0, columns, side):
+        for row in range(0, rows, side):
+            block = target[row : row + side, column : column + side]
             staged = stage[: block.shape[1], : block.shape[0]]
-            staged[...] = source[row : row + _SIDE, column : column + _SIDE].T
+            staged[...] = source[row : row + side, column : column + side].T
             block[...] = staged.T

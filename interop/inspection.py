@@ -118,7 +118,7 @@ def _report(name: str, module: ModuleAdapter, values: np.ndarray) -> ModuleRepor
         sum(array.size for array in arrays),
         norm_a,
         norm_b,
-        float(np.linalg.norm(together)),
+        float(np.linalg.norm(together.astype(np.float64))),
         effective_rank(together),
         tuple(map(float, together)),
         tuple(present),
@@ -137,10 +137,12 @@ def _shape(module: ModuleAdapter) -> tuple[int, ...]:
 
 
 def _norm(array: np.ndarray) -> float:
-    values = np.asarray(array, np.float32).ravel()
     with np.errstate(over="ignore"):
+        values = np.asarray(array, np.float32).ravel()
         square = float(np.dot(values, values))
-    return math.sqrt(square) if math.isfinite(square) else float(np.linalg.norm(finite(array)))
+        if math.isfinite(square):
+            return math.sqrt(square)
+        return float(np.linalg.norm(finite(array).astype(np.float64)))
 
 
 def _warnings(file: FileAdapter, modules: tuple[ModuleReport, ...]) -> Iterator[str]:

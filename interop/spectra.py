@@ -12,7 +12,7 @@ from interop.adapter_file import ModuleAdapter
 
 
 def singular_values(modules: Mapping[str, ModuleAdapter]) -> dict[str, np.ndarray]:
-    """The singular values of each module's ΔW, largest first, (rank,) float64.
+    """The singular values of each module's ΔW, largest first, (rank,), in float32 or wider.
 
     A convolution's ΔW is taken as a matrix (out, in · kernel); stacked experts have one spectrum
     each, (experts, rank). Modules of equal shapes are decomposed together.
@@ -33,14 +33,24 @@ def singular_values(modules: Mapping[str, ModuleAdapter]) -> dict[str, np.ndarra
 
 
 def factors(module: ModuleAdapter) -> tuple[np.ndarray, np.ndarray]:
-    """A as (..., rank, in) and B as (..., out, rank), float64; values that aren't finite are 0."""
+    """A as (..., rank, in) and B as (..., out, rank), float32 or wider; 0 what isn't finite."""
     a = module.a.reshape(module.a.shape[0], -1) if module.kind == "conv" else module.a
     return finite(a), finite(module.b)
 
 
 def _of_stack(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (a, largest_a), (b, largest_b) = _normalised(a), _normalised(b)
     r_a, r_b = (np.asarray(np.linalg.qr(each, mode="r")) for each in (a.swapaxes(-1, -2), b))
-    return np.linalg.svd(r_b @ r_a.swapaxes(-1, -2), compute_uv=False)
+    values = np.linalg.svd(r_b @ r_a.swapaxes(-1, -2), compute_uv=False)
+    with np.errstate(over="ignore"):
+        return values * largest_a[..., 0] * largest_b[..., 0]
+
+
+def _normalised(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each matrix over its largest entry, so that no product overflows, and that entry."""
+    largest = np.maximum(stack.max((-2, -1), keepdims=True), -stack.min((-2, -1), keepdims=True))
+    largest = np.where(largest > 0, largest, 1)
+    return stack / largest, largest.astype(np.float64)
 
 
 def effective_rank(values: np.ndarray) -> float:
@@ -56,7 +66,7 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def finite(array: np.ndarray) -> np.ndarray:
-    """The values in float64, 0 for those that are not finite."""
-    wide = np.asarray(array, np.float64)
+    """The values in float32, or in float64 where they are so, 0 for those that aren't finite."""
+    wide = np.asarray(array, np.promote_types(array.dtype, np.float32))
     known = np.isfinite(wide)
     return wide if known.all() else np.where(known, wide, 0.0)

@@ -32,7 +32,7 @@ def run(options: Options) -> int:
     report = conversions(options)
     memcpy = report.rows[0].rate
     table = Table(title=f"{report.gigabytes:.2f} GB of {options.dtype}")
-    for heading in ("what", "GB/s", "of memcpy", "MB beyond\nboth"):
+    for heading in ("what", "GB/s of\nprocessor", "of memcpy", "MB beyond\nboth"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row in report.rows:
         beyond = "" if row.beyond is None else f"{row.beyond / 1e6:.0f}"

@@ -1,7 +1,9 @@
 """Conversions of a state dict, timed in turns, and the memory that each takes.
 
 A file is in the page cache when it is read, and a write of one is timed up to there: what the disk
-takes is a row of its own, and so is what a file takes of which nothing has to be converted.
+takes is a row of its own, and so is what a file takes of which nothing has to be converted. Seconds
+are the processor's, all threads together, so that other processes count as little as can be; of the
+disk alone they are the clock's.
 """
 
 import gc
@@ -30,6 +32,9 @@ _LINEARS = {
 _TABLE = (8192, 2048)
 
 
+_WALL = time.perf_counter
+
+
 class Row(NamedTuple):
     """One measurement: GB of the state dict a second, and bytes held beside source and target."""
 
@@ -47,11 +52,12 @@ class Report(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A conversion, and what of source and target it takes into this process's memory."""
+    """A conversion, what of source and target it takes into this process's memory, its clock."""
 
     name: str
     run: Callable[[], Any]
     held: int
+    clock: Callable[[], float] = time.process_time
 
 
 def conversions(options: Options) -> Report:
@@ -83,7 +89,7 @@ def conversions(options: Options) -> Report:
                 2 * size,
             ),
             Job("leaves -> safetensors", partial(_write_unsynced, file, views), 0),
-            Job("same, waiting for the disk", partial(torch_io.write, file, views), 0),
+            Job("same, waiting for the disk", partial(torch_io.write, file, views), 0, _WALL),
             Job("write() alone, no conversion", partial(_write_unsynced, file, tensors), 0),
         )
         beyond = [_beyond(job) for job in jobs]
@@ -140,18 +146,18 @@ def _write_unsynced(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def _fastest(jobs: Sequence[Job], rounds: int, size: int, directory: Path) -> list[float]:
     """Seconds of each job: of all rounds the best, for what else the machine does only adds."""
-    taken = [[_seconds(job.run, size, directory) for job in jobs] for _ in range(rounds)]
+    taken = [[_seconds(job, size, directory) for job in jobs] for _ in range(rounds)]
     return [min(of_job) for of_job in zip(*taken, strict=True)]
 
 
-def _seconds(run: Callable[[], Any], size: int, directory: Path) -> float:
+def _seconds(job: Job, size: int, directory: Path) -> float:
     """Time of one run, for which disk and memory are left in the same state each time."""
     gc.collect()
     sync_tree(directory)
     np.ones(size, np.uint8)  # the system has as much memory at hand as the run may ask for
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    started = job.clock()
+    job.run()
+    return job.clock() - started
 
 
 def _beyond(job: Job) -> int | None:

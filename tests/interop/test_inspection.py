@@ -177,6 +177,19 @@ def test_spectra_are_those_of_the_whole_update(kind):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dtype", "size"), [("f2", 6e4), ("f4", 1e38), ("f8", 1e200)])
+def test_spectra_of_extreme_values_overflow_nowhere(dtype, size):
+    module = drawn("linear")
+    large = module._replace(a=np.sign(module.a).astype(dtype) * np.array(size, dtype))
+    found = singular_values({"x": large})["x"]
+    expected = singular_values({"x": module._replace(a=np.sign(module.a))})["x"] * size
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    both = large._replace(b=np.sign(module.b).astype(dtype) * np.array(size, dtype))
+    assert not np.isnan(singular_values({"x": both})["x"]).any()
+    assert compare(FileAdapter("a", {"x": both}), FileAdapter("b", {"x": large})).beyond(1e-6)
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_differences_are_those_of_the_whole_updates(kind):
     one, two = drawn(kind), drawn(kind, 1)._replace(scale=0.5)
