@@ -63,8 +63,8 @@ class Rule(NamedTuple):
         >>> Rule("q/kernel", "q.weight", ((1, 2), 0)).axes(3)
         ((1, 2), (0,))
         """
-        order = self.order or range(rank)
-        return tuple((axis,) if type(axis) is int else tuple(axis) for axis in order)
+        order = self.order or tuple(range(rank))
+        return tuple(axis if isinstance(axis, tuple) else (axis,) for axis in order)
 
 
 class Keymap(NamedTuple):

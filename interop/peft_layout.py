@@ -120,6 +120,10 @@ def tensor_names(site: Site, base: Base) -> list[str]:
     ]
 
 
+def _first(*sizes: int) -> tuple[slice, ...]:
+    return tuple(map(slice, sizes))
+
+
 class _At(NamedTuple):
     """One index of a site's stack, among everything that decides its names."""
 
@@ -266,10 +270,6 @@ def _bias(at: _At) -> list[Place]:
     name = f"{at.base.key(module, at.adapted)}.lora_B.bias"
     order = tuple(range(len(shape)))
     return [Place(name, "bias", at.index, _first(*shape), order, (math.prod(shape),))]
-
-
-def _first(*sizes: int) -> tuple[slice, ...]:
-    return tuple(map(slice, sizes))
 
 
 _PAIRS: dict[str, Callable[[_At], list[Place]]] = {

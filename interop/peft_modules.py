@@ -175,5 +175,5 @@ def roles_of(rule: Rule, shape: tuple[int, ...]) -> tuple[Role, ...]:
     groups = rule.axes(len(shape) - rule.stack)
     roles = zip(groups, roles_in_torch(rule, len(groups)), strict=False)
     of_axis = {axis: role for group, role in roles for axis in group}
-    inner = (of_axis.get(axis, "out") for axis in range(len(shape) - rule.stack))
-    return ("stack",) * rule.stack + tuple(inner)
+    stack: tuple[Role, ...] = ("stack",) * rule.stack
+    return (*stack, *(of_axis.get(axis, "out") for axis in range(len(shape) - rule.stack)))

@@ -143,18 +143,20 @@ def _hints(
     for looks, respelt in spellings.items():
         if any(respelt(name) in missing for name in islice(unexpected, _LOOKED_AT)):
             yield f"the unexpected are names of missing ones {looks}: rename them"
-    for name, shape in expected.items():
-        found = tensors[name].shape if name in tensors else ()
-        if (
-            name.endswith("lora_A.weight")
-            and len(shape) > 2
-            and shape[:1] == found[:1]
-            and (shape[2:] == found[2:] and found[1] > shape[1] and not found[1] % shape[1])
-        ):
+    for name, tensor in tensors.items():
+        if name.endswith("lora_A.weight") and _is_in_groups(tensor.shape, expected.get(name, ())):
             yield (
                 f"{name} reads every channel, as PEFT has it for a convolution in groups, whose "
                 "kernel can't hold such an update: leave this layer out"
             )
+
+
+def _is_in_groups(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether A has several times the channels, and is else what was expected of a convolution."""
+    if len(found) != len(expected) or len(expected) < 3:
+        return False
+    rest = (found[:1], found[2:]) == (expected[:1], expected[2:])
+    return rest and found[1] > expected[1] and not found[1] % expected[1]
 
 
 _LOOKED_AT = 1000

@@ -14,11 +14,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from peft_attentions import ATTENTION_KINDS
 from peft_families import FAMILY_KINDS
-from peft_models import KINDS as NETS
 from peft_models import params_of, torch_model, torch_outputs
+from peft_nets import NETS
 
-KINDS = {**NETS, **FAMILY_KINDS}
+KINDS = {**NETS, **ATTENTION_KINDS, **FAMILY_KINDS}
 
 
 class Case(NamedTuple):
