@@ -182,9 +182,15 @@ def test_a_hundred_updates_of_the_decoder_on_real_rows_are_torchs():
 
 @pytest.mark.slow
 def test_a_few_updates_of_smollm2_are_torchs(smollm2_path):
-    """From a B that is not zero: one of a few updates is as small as what rounding does to it."""
+    """From a B that is not zero: one of a few updates is as small as what rounding does to it.
+
+    The loss is compared by its size: 30 layers in float32 alone come to 3e-6 of it.
+    """
     script = example()
     sizes = {"steps": 3, "peak": 2e-4, "rank": 16, "batch_size": 1, "b_std": 0.005}
     found = script.compare_training("smollm2-135m", **sizes)
-    require_equal(found, 3, script)
+    for each in found.values():
+        assert len(each.updates) == 3
+        assert max(update.loss_gap / update.loss for update in each.updates) < 1e-5
+        assert each.parameter_gap < script.PARAMETER_LIMIT
     assert all(each.moved > 1e-3 for each in found.values())
