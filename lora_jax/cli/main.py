@@ -23,15 +23,15 @@ COMMANDS = {
     "merge": Command("merge", "fold an adapter into its base, as a Hugging Face directory"),
     "import": Command("import_adapter", "make a PEFT directory of an adapter of any format"),
     "export": Command("export_adapter", "write an adapter for llama.cpp, mlx-lm, vLLM and others"),
+    "diff": Command("diff", "compare two adapters of any formats, module by module"),
     "inspect data": Command(
         "inspect_data", "show rows as the model reads them, trained tokens marked"
     ),
     "inspect plan": Command("inspect_plan", "show which weights a target pattern adapts, and how"),
-    "bench flops": Command("bench_flops", "count the training step's FLOPs beside the theory"),
     "inspect": Command("inspect_adapter", "show what is in an adapter, whatever its format"),
-    "diff": Command("diff", "compare two adapters of any formats, module by module"),
-    "bench convert": Command("bench_convert", "time state dict <-> parameters beside memcpy"),
+    "bench flops": Command("bench_flops", "count the training step's FLOPs beside the theory"),
     "bench step": Command("bench_step", "time the training step beside torch + PEFT"),
+    "bench convert": Command("bench_convert", "time state dict <-> parameters beside memcpy"),
     "bench trace": Command("bench_trace", "time tracing beside LoRA written by hand"),
 }
 
