@@ -162,7 +162,8 @@ def roles_in_torch(rule: Rule, axes: int) -> tuple[Role, ...]:
     """
     roles = _ROLES[rule.kind]
     if rule.kind == "conv":
-        return (*roles, *roles[1:] * (axes - len(roles)))
+        window: tuple[Role, ...] = ("in",) * (axes - len(roles))
+        return (*roles, *window)
     return _ROLES["linear"] if rule.kind in PARAMETERS and axes == 2 else roles
 
 
