@@ -162,7 +162,8 @@ def roles_in_torch(rule: Rule, axes: int) -> tuple[Role, ...]:
     """
     roles = _ROLES[rule.kind]
     if rule.kind == "conv":
-        return (*roles, *roles[1:] * (axes - len(roles)))
+        window: tuple[Role, ...] = ("in",) * (axes - len(roles))
+        return (*roles, *window)
     return _ROLES["linear"] if rule.kind in PARAMETERS and axes == 2 else roles
 
 
@@ -174,6 +175,6 @@ def roles_of(rule: Rule, shape: tuple[int, ...]) -> tuple[Role, ...]:
     """
     groups = rule.axes(len(shape) - rule.stack)
     roles = zip(groups, roles_in_torch(rule, len(groups)), strict=False)
-    of_axis = {axis: role for group, role in roles for axis in group}
+    of_axis: dict[int, Role] = {axis: role for group, role in roles for axis in group}
     stack: tuple[Role, ...] = ("stack",) * rule.stack
     return (*stack, *(of_axis.get(axis, "out") for axis in range(len(shape) - rule.stack)))
