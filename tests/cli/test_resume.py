@@ -86,6 +86,7 @@ def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path):
     assert state(out) == state(whole / "run")
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_and_resumed_gives_the_same_bits(whole, tmp_path):
     out = tmp_path / "run"
     (tmp_path / "a.jsonl").write_bytes((whole / "a.jsonl").read_bytes())
@@ -150,6 +151,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found(whole, tmp_path, capsys
     assert "to resume from update" in told
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_run_are_refused(tmp_path, capsys):
     out = tmp_path / "run"
     process = start([*words(tmp_path, out), "--epochs", "100000"])

@@ -103,6 +103,7 @@ def cosine(peak):
     return adamw(lambda count: peak * share(count), clip_norm=0.5)
 
 
+@pytest.mark.slow
 def test_eight_adapters_trained_at_once_equal_eight_runs(decoding):
     loss_of, params, members, batches = (
         decoding.loss_of, decoding.params, decoding.members, decoding.batches

@@ -83,7 +83,10 @@ def test_one_pass_equals_accumulation(task, run):
     require_equal(expected._replace(losses=np.array(losses), adapter=state.adapter), expected)
 
 
-@pytest.mark.parametrize("place", [*PLACES][1:])
+SLOW = {"8x1": pytest.mark.slow, "4x2": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("place", [pytest.param(p, marks=SLOW.get(p, ())) for p in [*PLACES][1:]])
 def test_places_compute_the_same(run, place):
     require_equal(run(place), run("one device"))
 
@@ -95,7 +98,7 @@ def test_averaging_the_means_of_devices_would_be_found(task, run, place):
     assert largest_difference(wrong, right) > 1e-3
 
 
-@pytest.mark.parametrize("place", ["pmap", "4x2", "2x2x2"])
+@pytest.mark.parametrize("place", ["pmap", "2x2x2"])
 def test_donated_bytes_are_three_adapters(run, place):
     state = run(place).state
     adapter = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state.adapter))
@@ -110,10 +113,12 @@ def test_the_state_stays_where_it_was_put(task, run):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
+@pytest.mark.slow
 def test_positions_that_are_predicted_stay_on_their_device(run):
     assert collectives(run("8x1").program) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_weights_and_moves_no_activations(run):
     assert collectives(run("4x2").program) == {"all-gather", "all-reduce"}
 
