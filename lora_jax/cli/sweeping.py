@@ -143,7 +143,7 @@ def _train(task: Task, console: Console, stop: Stop) -> list[Trained]:
             if update == 1:
                 took = time.perf_counter() - started
                 console.print(f"first update of {len(metrics.loss)} adapters after {took:.1f} s")
-            progress.show(update, _range_of_losses(metrics.loss))
+            progress.show(update, _range_of_losses(np.asarray(metrics.loss)))
 
         return train_many(
             task.loss_of,
