@@ -1,0 +1,119 @@
+"""The tutorial notebook runs in a clean kernel, and shows what it computes."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "lora_in_jax.ipynb"
+ABSOLUTE = re.compile(r"(?<![\w.:/])(?:/\w[\w.-]*){2,}|\b[A-Z]:\\|file:/|~/")
+DECIMAL = re.compile(r"-?\d+\.\d+")
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+pytest.importorskip("torch", reason="one of its cells runs torch")
+
+
+@pytest.fixture(scope="module")
+def committed():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def test_it_runs_and_shows_what_it_computes(committed, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    fresh = nbformat.from_dict(without_outputs(committed))
+    client = nbclient.NotebookClient(
+        fresh,
+        kernel_name="python3",
+        timeout=600,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+    )
+    client.execute()
+    for shown, computed in zip(code_cells(committed), code_cells(fresh), strict=True):
+        assert kinds(shown) == kinds(computed), shown.source
+        assert_same_text(text(shown), text(computed))
+
+
+def test_it_was_executed_from_top_to_bottom(committed):
+    counts = [cell.execution_count for cell in code_cells(committed)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_most_cells_assert_and_some_draw(committed):
+    cells = code_cells(committed)
+    printing = [cell for cell in cells if re.search(r"\d", text(cell))]
+    assert len(printing) >= 8
+    assert all("assert" in cell.source for cell in printing)
+    assert sum(("display_data", None) in kinds(cell) for cell in cells) >= 3
+
+
+def test_its_outputs_are_clean(committed):
+    for cell in code_cells(committed):
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"]
+        assert not re.search(r"\x1b|[Ww]arning", text(cell))
+
+
+def test_it_holds_no_absolute_path(committed):
+    for cell in committed.cells:
+        written = cell.source + text(cell) + str(cell.metadata) + str(committed.metadata)
+        assert not ABSOLUTE.search(written), cell.source
+
+
+@pytest.mark.parametrize(
+    "path", ["see /home/me/x.py", "'/tmp/a.b'", r"C:\\Users", "file:///etc/x", "~/models"]
+)
+def test_an_absolute_path_is_told(path):
+    assert ABSOLUTE.search(path)
+    assert not ABSOLUTE.search(
+        "runs/identity, https://arxiv.org/abs/2106.09685, 思路 / idea, a/b/c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "computed"),
+    [
+        ("loss 6.31 before", "loss 6.28 before"),
+        ("12,288 of 602,880", "12,289 of 602,880"),
+        ("rank 2", "rank 2 "),
+        ("0.50", "0.500"),
+    ],
+)
+def test_another_text_is_told(shown, computed):
+    assert_same_text(shown, shown)
+    with pytest.raises(AssertionError):
+        assert_same_text(shown, computed)
+
+
+def assert_same_text(shown: str, computed: str):
+    """Equal but for the last digit of decimals, which may differ by one between machines."""
+    assert DECIMAL.sub("#", shown) == DECIMAL.sub("#", computed)
+    for ours, theirs in zip(DECIMAL.findall(shown), DECIMAL.findall(computed), strict=True):
+        digits = len(ours.partition(".")[2])
+        assert len(theirs.partition(".")[2]) == digits, (ours, theirs)
+        assert abs(float(ours) - float(theirs)) < 1.5 * 10**-digits, (shown, computed)
+
+
+def without_outputs(notebook):
+    cells = [
+        {**cell, "outputs": [], "execution_count": None} if cell.cell_type == "code" else cell
+        for cell in notebook.cells
+    ]
+    return {**notebook, "cells": cells}
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell):
+    return [(output.output_type, output.get("name")) for output in cell.outputs]
+
+
+def text(cell):
+    outputs = cell.get("outputs", [])
+    return "".join(output.text for output in outputs if output.output_type == "stream")
