@@ -4,7 +4,13 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.text import Text
+
+import lora_jax as lora
+from interop.comparison_tables import as_text
+from lora_jax.train.sharding_table import explain_sharding
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "lora_in_jax.ipynb"
@@ -87,6 +93,31 @@ def test_another_text_is_told(shown, computed):
     assert_same_text(shown, shown)
     with pytest.raises(AssertionError):
         assert_same_text(shown, computed)
+
+
+@pytest.mark.parametrize("table", ["plan", "sharding", "comparison"])
+def test_tables_are_the_same_text_in_a_notebook(table, monkeypatch, capsys):
+    outside = TABLES[table]()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert TABLES[table]() == outside
+    assert "\x1b" not in outside
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cell_is_called_one():
+    use = lora.Use("dot_general", "/tmp/ipykernel_71/212921559.py:3 (model_fn)")
+    assert "dot_general cell:3" in lora.explain(plan_with(use))
+
+
+def plan_with(use: lora.Use) -> lora.Plan:
+    return lora.Plan((lora.Site("w", (4, 6), "float32", ("in", "out"), 2, 1.0, uses=(use,)),), 24)
+
+
+TABLES = {
+    "plan": lambda: lora.explain(plan_with(lora.Use("dot_general", "/home/me/model.py:7 (mlp)"))),
+    "sharding": lambda: explain_sharding({"w": np.zeros((6, 8))}, {"data": 2, "fsdp": 4}),
+    "comparison": lambda: as_text(Text("red", style="red")),
+}
 
 
 def assert_same_text(shown: str, computed: str):
