@@ -10,6 +10,7 @@ from rich.text import Text
 
 import lora_jax as lora
 from interop.comparison_tables import as_text
+from lora_jax.cli.main import COMMANDS
 from lora_jax.train.sharding_table import explain_sharding
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,13 @@ def test_another_text_is_told(shown, computed):
     assert_same_text(shown, shown)
     with pytest.raises(AssertionError):
         assert_same_text(shown, computed)
+
+
+def test_its_commands_are_there(committed):
+    prose = "".join(cell.source for cell in committed.cells if cell.cell_type == "markdown")
+    named = re.findall(r"`lora-jax ([a-z]+(?: plan)?)", prose)
+    assert len(named) >= 7
+    assert set(named) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("table", ["plan", "sharding", "comparison"])
