@@ -67,7 +67,7 @@ def training_table(title: str, found: TrainingComparison, rows: int = _ROWS) -> 
 
 def as_text(renderable: RenderableType, width: int = 110) -> str:
     """What a console of that width would show, without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get()

@@ -1,6 +1,7 @@
 """A plan as something that a person reads, as text or as a rich table, or a program, as JSON."""
 
 import json
+import re
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from lora_jax.errors import InputError
 from lora_jax.site import Plan, Site, Use
 
 Form = Literal["text", "rich", "json"]
+
+_CELL = re.compile(r"ipykernel_\d+[/\\]\d+\.py:")
+"""What a notebook calls the file of a cell, which says nothing to its reader."""
 
 
 def explain(plan: Plan, *, form: Form = "text", width: int = 120, color: bool = False) -> Any:
@@ -91,7 +95,9 @@ def _table(plan: Plan) -> Any:
 def _text(plan: Plan, width: int, color: bool) -> str:
     from rich.console import Console
 
-    console = Console(width=width, force_terminal=color, no_color=not color)
+    console = Console(  # In a notebook too the result is the string, not what is displayed.
+        width=width, force_terminal=color, no_color=not color, force_jupyter=False
+    )
     with console.capture() as capture:
         console.print(_table(plan))
     lines = [line.strip() for line in capture.get().splitlines()]
@@ -130,7 +136,7 @@ def _scale(site: Site) -> str:
 def _described(use: Use) -> Any:
     from rich.text import Text
 
-    place = PurePath(use.where).name.split(" ")[0]
+    place = PurePath(_CELL.sub("cell:", use.where)).name.split(" ")[0]
     merged = f", merged there: it {use.merged_because}" if use.merged_because else ""
     return Text(f"{use.operation} {place}{merged}", style="yellow" if merged else "")
 

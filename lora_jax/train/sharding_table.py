@@ -45,7 +45,7 @@ def explain_sharding(
         table.add_column(heading, justify=justify, no_wrap=heading != "because")  # type: ignore[arg-type]
     for path, leaf in leaves.items():
         table.add_row(path, *_row(leaf))
-    console = Console(width=width, no_color=True, markup=False)
+    console = Console(width=width, no_color=True, markup=False, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.strip() for line in capture.get().splitlines()]
