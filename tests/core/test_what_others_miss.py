@@ -315,11 +315,11 @@ def scanned_decoder_layers(policy):
     tokens = jnp.zeros((1, TOKENS), jnp.int32)
 
     def model_fn(params, hidden):
-        context = attention_context(TINY, tokens, None, None, None)
+        context, choice = attention_context(TINY, tokens, None, None, None)
 
         @partial(jax.checkpoint, policy=policy)
         def layer(hidden, of_layer):
-            return Block(TINY).apply({"params": of_layer}, hidden, None, context)[0], None
+            return Block(TINY).apply({"params": of_layer}, hidden, None, choice, context)[0], None
 
         return lax.scan(layer, hidden, params["layers"])[0]
 
