@@ -34,12 +34,19 @@ def open_adapter(
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    directory = next(
-        (d for d in (path / RUN_ADAPTER, path) if peft_file.is_directory_of_peft(d)), None
-    )
+    directory = peft_directory(path)
     if directory and format in (None, "peft"):
         return peft_file.read(directory)
     return _EMPTY._replace(adapter=_of_other_format(path, given, format))
+
+
+def peft_directory(path: Path) -> Path | None:
+    """The PEFT directory that ``path`` is, or that of the run there; None for other formats.
+
+    An adapter of its own comes first: beside it a folder ``adapter`` is PEFT's second adapter.
+    """
+    directory = path if (path / peft_file.CONFIG).is_file() else path / RUN_ADAPTER
+    return directory if peft_file.is_directory_of_peft(directory) else None
 
 
 def _of_other_format(path: Path, given: Given | None, format: str | None) -> FileAdapter:

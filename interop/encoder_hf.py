@@ -1,6 +1,7 @@
 """Hugging Face directories and models <-> encoder config and parameters: BERT and RoBERTa."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from interop.encoder_hf_config import encoder_family, read_config, to_attributes
 from interop.encoder_keymaps import BARE, encoder_keymap, encoder_shapes
 from interop.keymaps import Keymap, flatten, from_torch, to_torch
 from interop.torch_io import read_directory, write_directory
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, raise_listed
 from lora_jax.files import atomic_directory, write_text
 from lora_jax.models.encoder_config import EncoderConfig
 
@@ -42,7 +43,7 @@ def read(
         values), or tensors that don't fit.
     """
     config = read_config(directory, dtype=dtype)
-    tensors = {_new_name(name): array for name, array in read_directory(directory).items()}
+    tensors = _with_new_names(directory, read_directory(directory))
     config, table = _found(config, tensors)
     try:
         return config, from_torch(tensors, table, encoder_shapes(config), dtype=dtype)
@@ -113,6 +114,15 @@ def _found(config: EncoderConfig, tensors: Mapping[str, Any]) -> tuple[EncoderCo
     rules = tuple(rule._replace(name=prefix + rule.name) for rule in BARE.rules)
     pooler = f"{prefix}pooler.dense.weight" in tensors
     return replace(config, pooler=pooler), Keymap(rules, (*BARE.ignored, family.other_heads))
+
+
+def _with_new_names(directory: str | Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        names[_new_name(name)].append(name)
+    twice = (" and ".join(old) for old in names.values() if len(old) > 1)
+    raise_listed(f"{directory}: names of one and the same tensor, of which one must go", twice)
+    return {name: tensors[old] for name, (old,) in names.items()}
 
 
 def _new_name(name: str) -> str:

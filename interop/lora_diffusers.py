@@ -36,6 +36,7 @@ from interop.adapter_format import (
     unheld,
     without_repeats,
 )
+from interop.peft_config import is_finite, is_rank
 from interop.peft_matching import PeftConfig, adapted_modules
 from lora_jax.errors import InputError
 
@@ -199,22 +200,18 @@ def _scales_of_config(
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if not _is_rank(config.get("r")):
+    if not is_rank(config.get("r")):
         yield f"r is {config.get('r')!r}, expected a positive whole number"
     if not _is_alpha(config.get("lora_alpha")):
         yield f"lora_alpha is {config.get('lora_alpha')!r}, expected a finite number, 0 or more"
-    for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    for key, fits in (("rank_pattern", is_rank), ("alpha_pattern", _is_alpha)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
             yield f"{key} is {str(patterns)[:80]}, expected numbers by pattern"
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < float("inf")
+    return is_finite(value) and value >= 0
 
 
 def _config(modules: Mapping[str, ModuleAdapter]) -> dict[str, Any]:

@@ -35,12 +35,23 @@ def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether it is an integer that ranks can be."""
     return _is_index(value) and value > 0
 
 
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that float64 holds, as not every integer is.
+
+    >>> is_finite(-1), is_finite(10**400), is_finite(True)
+    (True, False, False)
+    """
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_alpha(value: Any) -> bool:
+    """Whether it is a number that PEFT's alphas can be."""
+    return is_finite(value) and value > 0
 
 
 def _is_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -75,18 +86,18 @@ _FLAG = _Field(False, _is_flag, "true or false")
 
 _FIELDS = {
     "peft_type": _Field(None, lambda value: value == "LORA", "'LORA'"),
-    "r": _Field(8, _is_rank, "an integer of at least 1"),
-    "lora_alpha": _Field(8, _is_alpha, "a positive finite number"),
+    "r": _Field(8, is_rank, "an integer of at least 1"),
+    "lora_alpha": _Field(8, is_alpha, "a positive finite number"),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
     "ensure_weight_tying": _FLAG,
     "lora_bias": _FLAG,
     "peft_version": _Field(None, lambda value: value is None or _is_name(value), "a version"),
     "rank_pattern": _Field(
-        None, lambda value: _is_patterns(value, _is_rank), "{pattern: integer of at least 1}"
+        None, lambda value: _is_patterns(value, is_rank), "{pattern: integer of at least 1}"
     ),
     "alpha_pattern": _Field(
-        None, lambda value: _is_patterns(value, _is_alpha), "{pattern: positive finite number}"
+        None, lambda value: _is_patterns(value, is_alpha), "{pattern: positive finite number}"
     ),
     "target_modules": _Field(
         None, lambda value: not value or _is_names(value), "module names or a pattern"

@@ -8,7 +8,7 @@ one, so what makes it unusable there is a note here as long as it can be looked 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,11 @@ import numpy as np
 
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
-from interop.peft_config import read_config
-from interop.peft_matching import PeftConfig, Setting, adapted_modules
+from interop.peft_config import is_finite, is_rank, read_config
+from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
+from interop.peft_matching import PeftConfig, Setting, adapted_modules, is_named
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
-
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
@@ -38,6 +36,7 @@ _FIELDS = {
 }
 """What stands after a module's name, and what it is; PEFT also reads names with the adapter's own
 name, ``default``, in them."""
+_DEFAULT = re.compile(r"\.default(?=(?:\.weight|\.bias)?$)")
 _END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
 
 
@@ -55,11 +54,13 @@ def read(directory: str | os.PathLike) -> PeftFile:
     """Read a directory that PEFT or `interop.peft` wrote, to be looked at.
 
     Raises:
-      InputError: a file that is absent, damaged, or differs from the manifest; a config without
-        usable rank and alpha; factors that don't belong together, all named.
+      InputError: a file that is absent, damaged, a link out of the directory, or differs from the
+        manifest; a config without usable rank and alpha; factors that don't belong together, all
+        named.
     """
-    directory = Path(directory)
-    weights = next((name for name in WEIGHTS if (directory / name).is_file()), WEIGHTS[0])
+    directory = located(Path(directory))
+    files = (WEIGHTS, PICKLED_WEIGHTS)
+    weights = next((name for name in files if (directory / name).is_file()), WEIGHTS)
     listed_files = (directory / MANIFEST).is_file()
     base = checked_base(directory, (CONFIG, weights)) if listed_files else {}
     raw = read_small_json(directory / CONFIG)
@@ -68,8 +69,10 @@ def read(directory: str | os.PathLike) -> PeftFile:
     raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
     settings = _settings(config, pairs)
-    experts = bool(raw.get("target_parameters"))
-    modules = {name: _module(found, settings[name], experts) for name, found in pairs.items()}
+    experts = {*_experts(config, pairs)}
+    modules = {
+        name: _module(found, settings[name], name in experts) for name, found in pairs.items()
+    }
     raise_listed(f"{directory}: factors that don't belong together", _misfits(modules))
     rows = {
         name: _rows(name, found["rows"], config)
@@ -102,8 +105,7 @@ def _config(path: Path, raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
 def _least_config(raw: Mapping[str, Any]) -> PeftConfig | None:
     """What decides ranks and scales, where at least that is usable."""
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    numbers = type(rank) is int and type(alpha) in (int, float)
-    if raw.get("peft_type") != "LORA" or not numbers or rank < 1 or not np.isfinite(alpha):
+    if raw.get("peft_type") != "LORA" or not (is_rank(rank) and is_finite(alpha)):
         return None
     return PeftConfig(rank, alpha, [], use_rslora=raw.get("use_rslora") is True)
 
@@ -116,7 +118,7 @@ def _by_module(
     whole = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(_PREFIX)
-        if match := _END.fullmatch(name.replace(".default", "")):
+        if match := _END.fullmatch(_DEFAULT.sub("", name)):
             fields[match[1]][_FIELDS[match[2]]] = tensor
         else:
             whole[name.replace(f"{_WRAPPED}.", ".")] = tensor
@@ -142,6 +144,19 @@ def _settings(config: PeftConfig, names: Iterable[str]) -> dict[str, Setting]:
     )
     found = adapted_modules(by_patterns, [*dict.fromkeys(plain.values())])
     return {name: found[module] for name, module in plain.items()}
+
+
+def _experts(config: PeftConfig, names: Iterable[str]) -> Iterator[str]:
+    """The modules that hold a parameter which ``target_parameters`` name.
+
+    Without its module's name in front a parameter can be any module's that is no target itself.
+    """
+    plain = {name: name.replace(_WRAPPED, "") for name in names}
+    holders = {parameter.rpartition(".")[0] for parameter in config.target_parameters or ()}
+    targets = adapted_modules(config, [*plain.values()]) if "" in holders else {}
+    for name, module in plain.items():
+        if is_named(module, holders) or ("" in holders and module not in targets):
+            yield name
 
 
 def _module(found: Mapping[str, np.ndarray], setting: Setting, experts: bool) -> ModuleAdapter:
@@ -187,7 +202,7 @@ def _notes(
     config: PeftConfig,
     modules: Mapping[str, ModuleAdapter],
     settings: Mapping[str, Setting],
-    experts: bool,
+    experts: Collection[str],
 ) -> Iterator[str]:
     """What a reader of the adapter should know about how config and tensors go together."""
     other = [
@@ -197,8 +212,8 @@ def _notes(
     ]
     if other:
         yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
-    plain = [name.replace(_WRAPPED, "") for name in modules]
-    targets = adapted_modules(config, plain) if config.target_modules and not experts else plain
+    plain = [name.replace(_WRAPPED, "") for name in modules if name not in experts]
+    targets = adapted_modules(config, plain) if config.target_modules else plain
     if extra := [name for name in plain if name not in targets]:
         yield f"factors of modules that are no targets, which PEFT drops: {listed(extra)}"
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key)]

@@ -2,9 +2,12 @@
 
 A tuple whose parts are one and the same tuple, again and again, takes a few bytes a level to
 write, and twice the time a level to hash: of fifty levels a dictionary's key would take for ever.
+Multiples of Python's modulus of hashes have one hash, and as a dictionary's keys are each compared
+with all before it.
 """
 
 import pickletools
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import IO
@@ -13,8 +16,11 @@ MAX_DEPTH = 8
 """Of tuples in tuples; torch itself nests two."""
 MAX_OPCODES = 1_000_000
 """Of some 25,000 tensors."""
+MAX_LARGE_INTEGERS = 256
+"""Of at least the modulus of hashes, 2⁶¹ - 1; state dicts have none."""
 
 _MARK = pickletools.markobject
+_INTEGERS = frozenset(("INT", "LONG", "LONG1", "LONG4"))
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _COPIES = frozenset(("GET", "BINGET", "LONG_BINGET", "DUP"))
 
@@ -31,17 +37,21 @@ def slowness(file: IO[bytes]) -> str | None:
     'nests tuples deeper than 8'
     >>> slowness(io.BytesIO(pickle.dumps((1,))))
     """
-    depths = _depths(file)
+    costs, large = _costs(file), 0
     try:
-        if any(depth > MAX_DEPTH for depth in islice(depths, MAX_OPCODES)):
-            return f"nests tuples deeper than {MAX_DEPTH}"
-        return f"has over {MAX_OPCODES:,} operations" if next(depths, None) is not None else None
+        for depth, is_large in islice(costs, MAX_OPCODES):
+            large += is_large
+            if depth > MAX_DEPTH:
+                return f"nests tuples deeper than {MAX_DEPTH}"
+            if large > MAX_LARGE_INTEGERS:
+                return f"holds more than {MAX_LARGE_INTEGERS} integers beyond 61 bits"
+        return f"has over {MAX_OPCODES:,} operations" if next(costs, None) is not None else None
     except (ValueError, IndexError, KeyError, UnicodeDecodeError):
         return None
 
 
-def _depths(file: IO[bytes]) -> Iterator[int]:
-    """After each opcode the depth of the tuple that it has made, 0 if it has made none."""
+def _costs(file: IO[bytes]) -> Iterator[tuple[int, bool]]:
+    """Of each opcode the depth of the tuple that it makes or 0, and if it is a large integer."""
     stack: list[int | None] = []  # None is a mark
     memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
@@ -54,7 +64,7 @@ def _depths(file: IO[bytes]) -> Iterator[int]:
             taken = _taken(stack, opcode)
             depth = 1 + max(taken, default=0) if "TUPLE" in opcode.name else 0
             stack += [None if made is _MARK else depth for made in opcode.stack_after]
-        yield depth
+        yield depth, opcode.name in _INTEGERS and abs(argument or 0) >= sys.hash_info.modulus
 
 
 def _taken(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:

@@ -54,6 +54,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _SCRATCH_BYTES = 1 << 20
 """Stays in the processor's cache between being filled and being written."""
 _METADATA = "__metadata__"
+_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -66,10 +67,12 @@ def read_tensors(path: Path) -> Tensors:
     entries.pop(_METADATA, None)
     if unknown := [f"{n} is {e['dtype']}" for n, e in entries.items() if e["dtype"] not in _DTYPES]:
         raise InputError(f"{path}: dtypes that NumPy doesn't have: {listed(unknown)}")
+    if more := [f"{name} has {key}" for name, e in entries.items() for key in e.keys() - _KEYS]:
+        raise InputError(f"{path}: keys that the format doesn't have: {listed(sorted(more))}")
     if not entries:
         return {}
     mapped = np.memmap(path, mode="r").view(np.ndarray)
-    return {name: _view(mapped, start, **entry) for name, entry in entries.items()}
+    return {name: _view(mapped, start, entry) for name, entry in entries.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -135,11 +138,10 @@ def _write_behind(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
         written.result()
 
 
-def _view(
-    mapped: np.ndarray, start: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> np.ndarray:
-    begin, end = data_offsets
-    return mapped[start + begin : start + end].view(_DTYPES[dtype]).reshape(shape)
+def _view(mapped: np.ndarray, start: int, entry: Mapping[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    data = mapped[start + begin : start + end]
+    return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -55,18 +55,12 @@ def model_of(source: Path, model: str | None) -> str:
       InputError: neither says.
     """
     from interop import peft
+    from interop.any_adapter import peft_directory
 
     directory = peft_directory(source)
     if model is None and directory is not None:
         model = peft.base_of(directory).get("model")
     return runs.model_of(source, model)
-
-
-def peft_directory(source: Path) -> Path | None:
-    """The PEFT directory of a run, or the one that ``source`` is; None for other formats."""
-    from interop.peft_file import is_directory_of_peft
-
-    return next((d for d in (source / runs.ADAPTER, source) if is_directory_of_peft(d)), None)
 
 
 def given_of(base: AdapterBase, **more: Any) -> "Given":
@@ -88,7 +82,7 @@ def read_for(
     """
     from interop import peft
     from interop.adapter_plan import to_plan
-    from interop.any_adapter import open_adapter
+    from interop.any_adapter import open_adapter, peft_directory
 
     directory = peft_directory(source)
     if directory is None or format not in (None, "peft"):
@@ -100,7 +94,8 @@ def read_for(
             f"{directory} was trained on another base than {base.name} ({base.source}): name its "
             "own with --model"
         )
-    return *peft.read(directory, base.params, keymap=base.keymap), ()
+    notes = peft.notes(directory, base.params, keymap=base.keymap)
+    return *peft.read(directory, base.params, keymap=base.keymap), notes
 
 
 def require_absent(out: Path) -> None:

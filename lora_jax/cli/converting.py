@@ -11,7 +11,6 @@ from lora_jax.cli.adapter_bases import (
     given_of,
     load_adapter_base,
     model_of,
-    peft_directory,
     read_for,
 )
 from lora_jax.cli.export_adapter import Options as ExportOptions
@@ -83,6 +82,8 @@ def _write(options: ExportOptions, base: AdapterBase, adapter: Any, plan: Any) -
 
 
 def _require_source(source: Path) -> None:
+    from interop.any_adapter import peft_directory
+
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
     if source.is_dir() and peft_directory(source) is None and not any(source.iterdir()):

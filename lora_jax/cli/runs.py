@@ -65,12 +65,12 @@ def require_run(directory: Path) -> None:
 
 
 def adapter_directory(run: Path) -> Path:
-    """The PEFT directory of a run, or ``run`` itself where it is one.
+    """The PEFT directory that ``run`` is, or that of the run there.
 
     Raises:
       InputError: neither.
     """
-    for directory in (run / ADAPTER, run):
+    for directory in (run, run / ADAPTER):
         if (directory / "adapter_config.json").is_file():
             return directory
     raise InputError(

@@ -243,6 +243,24 @@ def changed(source, target, change=lambda tensors: {}, **config):
     return target
 
 
+def test_what_to_know_of_a_peft_directory_is_printed(plain, tmp_path, capsys):
+    idle = changed(plain, tmp_path / "idle", target_modules=[r"q_proj", "nowhere"])
+    weights = torch_io.read(idle / peft.WEIGHTS)
+    kept = {name: np.array(tensor) for name, tensor in weights.items() if ".q_proj." in name}
+    torch_io.write(idle / peft.WEIGHTS, kept)
+    assert run("import", idle, tmp_path / "back", "--model", "tiny") == 0
+    assert "note: target_modules: 'nowhere' match nothing" in capsys.readouterr().out
+
+
+def test_a_folder_adapter_does_not_replace_the_directorys_own(plain, square, tmp_path, capsys):
+    own = changed(plain, tmp_path / "own")
+    changed(square, own / "adapter")
+    assert run("export", own, tmp_path / "out", "--format", "peft", "--model", "tiny") == 0
+    assert run("diff", plain, tmp_path / "out") == 0
+    assert run("diff", square, tmp_path / "out") != 0
+    capsys.readouterr()
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 WARNINGS = {
     "values that are not finite": (lambda t: {f"{Q}A.weight": t[f"{Q}A.weight"] * np.nan}, {}),

@@ -143,6 +143,17 @@ def test_old_names_of_norms_and_saved_buffers_are_read(tmp_path):
         np.testing.assert_array_equal(flatten(others)[path], leaf)
 
 
+def test_an_old_and_a_new_name_of_one_tensor_are_refused(tmp_path):
+    torch_encoder(*CASES["bert bare"]).save_pretrained(tmp_path)
+    tensors = {name: array.copy() for name, array in read_directory(tmp_path).items()}
+    new, old = "embeddings.LayerNorm.weight", "embeddings.LayerNorm.gamma"
+    write_tensors(tmp_path / "model.safetensors", {**tensors, old: 2 * tensors[new]})
+    with pytest.raises(InputError) as caught:
+        encoder_hf.read(tmp_path)
+    assert old in str(caught.value)
+    assert new in str(caught.value)
+
+
 BASE = {
     "architectures": ["BertForSequenceClassification"],
     "model_type": "bert",

@@ -76,6 +76,8 @@ HEADERS = {
     "more data than said": (with_header({"x": entry([2], [0, 8])}, SIXTEEN), "corrupt"),
     "unknown dtype": (with_header({"x": entry(dtype="F99")}, SIXTEEN), "corrupt"),
     "dtype that NumPy lacks": (with_header({"x": entry([16], dtype="F8_E8M0")}, SIXTEEN), "dtypes"),
+    "one key more": (with_header({"x": {**entry(), "extra": 1}}, SIXTEEN), "x has extra"),
+    "a key of ours": (with_header({"x": {**entry(), "start": 1}}, SIXTEEN), "x has start"),
     "no entry": (with_header({"x": 3}, SIXTEEN), "corrupt"),
     "metadata of numbers": (with_header({"__metadata__": {"a": 1}, "x": entry()}, SIXTEEN),
                             "corrupt"),
@@ -207,6 +209,16 @@ def test_mutated_files_are_read_or_refused(tmp_path, bounded_memory, suffix, mut
     path = tmp_path / f"a{suffix}"
     path.write_bytes(bytes(content[: len(content) - cut]) + more)
     outcome(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_keys_of_one_hash_are_refused_unread(tmp_path, zipped):
+    path, shared = tmp_path / "a.bin", (1 << 61) - 1
+    content = {n * shared: 0 for n in range(-150, 150)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "more than 256 integers beyond 61 bits")
+    torch.save({n: 0 for n in range(300)}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "not tensors")
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,64 @@ def test_names_with_the_adapters_own_name_are_read(tmp_path):
     assert {*peft_file.read(tmp_path).adapter.modules} == {"blocks.0.fc", "blocks.1.fc"}
 
 
+def test_default_is_taken_out_of_its_own_place_alone(tmp_path):
+    saved(tmp_path, target_modules=["fc"])
+    weights = tmp_path / "adapter_model.safetensors"
+    names = {"blocks.0.fc": "m.default_proj.q", "blocks.1.fc": "m_proj.q"}
+    tensors = torch_io.read(weights)
+    for old, new in names.items():
+        tensors = {name.replace(old, new): np.array(tensor) for name, tensor in tensors.items()}
+    torch_io.write(weights, tensors)
+    modules = peft_file.read(tmp_path).adapter.modules
+    assert {*modules} == {*names.values()}
+    for name, module in modules.items():
+        assert np.array_equal(module.a, tensors[f"base_model.model.{name}.lora_A.weight"])
+
+
+@pytest.mark.parametrize("parameter", ["experts.up", "up"])
+def test_only_what_target_parameters_name_is_experts(tmp_path, parameter):
+    saved(tmp_path, target_modules=["fc"], target_parameters=[parameter])
+    weights = tmp_path / "adapter_model.safetensors"
+    twice = {
+        name: np.concatenate([tensor] * 2, axis=int("lora_B" in name)) if ".fc." in name else tensor
+        for name, tensor in torch_io.read(weights).items()
+    }
+    torch_io.write(weights, twice)
+    modules = peft_file.read(tmp_path).adapter.modules
+    kinds = {name: (module.kind, module.rank) for name, module in modules.items()}
+    plain = {f"blocks.{n}.fc": ("linear", 6) for n in range(2)}
+    assert kinds == {**plain, "experts": ("experts", 3)}
+
+
+def test_a_link_to_weights_somewhere_else_is_refused(tmp_path):
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    saved(tmp_path / "a", target_modules=["fc"])
+    weights.rename(tmp_path / "secret")
+    weights.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="is a link to"):
+        inspect(tmp_path / "a")
+
+
+def test_the_links_of_a_hubs_cache_are_followed(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/123", tmp_path / "models--a--b/blobs"
+    saved(snapshot, target_modules=["fc"])
+    blobs.mkdir()
+    for file in [*snapshot.iterdir()]:
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    assert len(inspect(snapshot).modules) == 2
+
+
+def test_a_directory_is_looked_at_before_its_folder_adapter(tmp_path):
+    saved(tmp_path, target_modules=["fc"])
+    saved(tmp_path / "adapter", target_modules=["out"])
+    found = {module.name for module in inspect(tmp_path).modules}
+    assert found == {"blocks.0.fc", "blocks.1.fc"}
+    (tmp_path / "adapter_config.json").unlink()
+    found = {module.name for module in inspect(tmp_path).modules}
+    assert found == {"blocks.0.out", "blocks.1.out"}
+
+
 FC = "base_model.model.blocks.0.fc.lora_"
 BROKEN = {
     "no B": (lambda t: t.pop(f"{FC}B.weight"), r"without both A and B: blocks\.0\.fc"),
@@ -140,7 +198,20 @@ def test_factors_that_are_none_are_refused_by_name(tmp_path, change, fault):
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
-@pytest.mark.parametrize("value", ["16", None, 0, -1, float("nan"), float("inf"), True, [8]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "16",
+        None,
+        0,
+        -1,
+        float("nan"),
+        float("inf"),
+        True,
+        [8],
+        pytest.param(10**400, id="401 digits"),
+    ],
+)
 def test_a_config_without_usable_rank_or_alpha_is_refused(tmp_path, key, value):
     saved(tmp_path, target_modules=["fc"])
     config = tmp_path / "adapter_config.json"
