@@ -48,14 +48,15 @@ class Given(NamedTuple):
     tables from linear layers, and what a flattened name stands for."""
     head_dim: int | None = None
     """Of the attention, where rows of q and k are in another order."""
-    rotary: Literal["neighbours", "halves"] = "neighbours"
-    """Which coordinates the file's own model turns together; Hugging Face's turns halves."""
+    rotary: Literal["neighbours", "halves"] | None = None
+    """Which coordinates torchtune's model turns together; by default what its model of the base's
+    family does. MiniMind's generations are told by the names in their files."""
     enable_lora: Mapping[str, tuple[bool, ...]] = {}
     """Of loralib's MergedLinear, by the end of the module's name."""
     dtype: str | None = None
     """Of files that are written; the factors' own by default."""
     config: Any = None
-    """The base's DecoderConfig, for GGUF files."""
+    """The base's DecoderConfig, for GGUF files and torchtune's."""
 
 
 class Content(NamedTuple):

@@ -25,6 +25,8 @@ _AS_INTEGERS = {
     "float8_e4m3fn": (np.dtype(ml_dtypes.float8_e4m3fn), "int8"),
     "float8_e5m2": (np.dtype(ml_dtypes.float8_e5m2), "int8"),
 }
+# Of 64 bits to a number, which JAX halves unless jax_enable_x64 is set.
+_WIDE = frozenset(f"torch.{name}" for name in ("float64", "int64", "uint64", "complex128"))
 
 
 def as_torch(array: Any) -> Any:
@@ -82,7 +84,8 @@ def as_jax(tensor: Any) -> Any:
     """A JAX array of a torch tensor, on its device.
 
     Raises:
-      InputError: a dtype of 64 bits, which JAX would make one of 32 unless told otherwise.
+      InputError: float64, int64, uint64 or complex128, of which JAX would keep half the bits unless
+        told otherwise.
 
     >>> import torch
     >>> as_jax(torch.ones(2, 3, dtype=torch.bfloat16)).dtype.name
@@ -91,9 +94,9 @@ def as_jax(tensor: Any) -> Any:
     import jax
 
     tensor = tensor.detach()
-    if tensor.element_size() == 8 and not jax.config.read("jax_enable_x64"):
+    if str(tensor.dtype) in _WIDE and not jax.config.read("jax_enable_x64"):
         raise InputError(
-            f"a tensor of {tensor.dtype}, which JAX holds in 32 bits: cast it, or set "
+            f"a tensor of {tensor.dtype}, which JAX holds in half the bits: cast it, or set "
             "jax_enable_x64"
         )
     try:

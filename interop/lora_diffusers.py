@@ -14,6 +14,7 @@ https://github.com/huggingface/diffusers
 """
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from interop import peft_config
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
-from interop.adapter_folding import alpha
+from interop.adapter_folding import alpha, with_scales
 from interop.adapter_format import (
     Content,
     Format,
@@ -36,8 +38,7 @@ from interop.adapter_format import (
     unheld,
     without_repeats,
 )
-from interop.peft_config import is_finite, is_rank
-from interop.peft_matching import PeftConfig, adapted_modules
+from interop.peft_matching import PeftConfig, Setting, adapted_modules
 from lora_jax.errors import InputError
 
 METADATA = "lora_adapter_metadata"
@@ -60,6 +61,12 @@ _ATTENTION = {
     False: ((r"\.to_([qkv])_lora\.", r".to_\1.lora."), (r"\.to_out_lora\.", ".to_out.0.lora.")),
 }
 _EVERYWHERE = ((r"\.processor\.", "."), (r"\.lora_linear_layer\.", ".lora."))
+# The file's own modules are the adapted ones, whatever the config selects in its model.
+_WHOLE = dict.fromkeys(
+    ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+)
+_ALPHA_TOLERANCE = 2**-8
+"""Alphas are stored in the dtype of A and B: bfloat16 has 8 bits."""
 _NO_ALPHA = "neither alphas nor a config: the scale is 1 where it was alpha / rank in training"
 
 
@@ -84,8 +91,10 @@ def read_diffusers(content: Content, given: Given) -> FileAdapter:
 def write_diffusers(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     """Write what ``load_lora_weights`` reads, with PEFT's config of each component."""
     problems = [*unheld(file, FORMATS["diffusers"].holds, "diffusers"), *_outside(file.modules)]
+    # PEFT has no alpha of 0 or below.
+    folded, notes = with_scales(file.modules, lambda _, m: m.scale if m.scale > 0 else 1.0)
     by_component = defaultdict(dict)
-    for name, module in sorted(file.modules.items()):
+    for name, module in sorted(folded.items()):
         component, _, rest = name.partition(".")
         by_component[component][rest] = module
     for component, modules in by_component.items():
@@ -98,8 +107,8 @@ def write_diffusers(path: Path, file: FileAdapter, given: Given) -> tuple[str, .
         for key, value in _config(modules).items()
     }
     metadata = {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    save(path, in_dtype(_tensors(file.modules), given), metadata)
-    return ()
+    save(path, in_dtype(_tensors(folded), given), metadata)
+    return notes
 
 
 def _outside(names: Iterable[str]) -> Iterator[str]:
@@ -182,36 +191,49 @@ def _scales_of_config(
     config: Mapping[str, Any],
     content: Content,
 ) -> dict[str, float]:
-    raise_all(f"{content.path}: {METADATA} of {component!r}", _config_problems(config))
     modules = [name.partition(".")[2] for name in names]
-    known = {key: config[key] for key in PeftConfig._fields if config.get(key) is not None}
-    whole = PeftConfig(**{**known, "target_modules": modules, "exclude_modules": None,
-                          "modules_to_save": None, "layers_to_transform": None,
-                          "layers_pattern": None})  # fmt: skip
-    settings = adapted_modules(whole, modules)
+    whole = {"peft_type": "LORA", **config, **_WHOLE, "target_modules": modules}
+    problems = [*peft_config.problems(whole), *_rebased(config)]
+    raise_all(f"{content.path}: {METADATA} of {component!r}", problems)
+    known = peft_config.config_of(whole)
+    settings = {
+        f"{component}.{name}": setting for name, setting in adapted_modules(known, modules).items()
+    }
     wrong = [
-        f"{component}.{name} has rank {rank_in(found[f'{component}.{name}']['a'])}, its config "
-        f"says {setting.rank}"
-        for name, setting in settings.items()
-        if rank_in(found[f"{component}.{name}"]["a"]) != setting.rank
+        line for name, at in settings.items() for line in _disagreements(name, found[name], at)
     ]
+    wrong += _dora_disagreements(component, known, {name: found[name] for name in names})
     raise_all(f"{content.path} and its config disagree", wrong)
-    return {f"{component}.{name}": setting.scale for name, setting in settings.items()}
+    return {name: setting.scale for name, setting in settings.items()}
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if not is_rank(config.get("r")):
-        yield f"r is {config.get('r')!r}, expected a positive whole number"
-    if not _is_alpha(config.get("lora_alpha")):
-        yield f"lora_alpha is {config.get('lora_alpha')!r}, expected a finite number, 0 or more"
-    for key, fits in (("rank_pattern", is_rank), ("alpha_pattern", _is_alpha)):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
-            yield f"{key} is {str(patterns)[:80]}, expected numbers by pattern"
+def _rebased(config: Mapping[str, Any]) -> Iterator[str]:
+    init = config.get("init_lora_weights")
+    if init in peft_config.REBASED_INITS:
+        yield (
+            f"init_lora_weights is {init!r}, which changes the base: have PEFT convert it to a "
+            "plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
-def _is_alpha(value: Any) -> bool:
-    return is_finite(value) and value >= 0
+def _disagreements(name: str, at: Mapping[str, np.ndarray], setting: Setting) -> Iterator[str]:
+    rank = rank_in(at["a"])
+    if rank != setting.rank:
+        yield f"{name} has rank {rank}, its config says {setting.rank}"
+        return
+    if "alpha" in at and not math.isclose(
+        scale := _scale_of_alpha(name, at), setting.scale, rel_tol=_ALPHA_TOLERANCE
+    ):
+        yield f"{name} has scale {scale:g} by its alpha, its config says {setting.scale:g}"
+
+
+def _dora_disagreements(
+    component: str, config: PeftConfig, found: Mapping[str, Mapping[str, np.ndarray]]
+) -> Iterator[str]:
+    other = [name for name, at in found.items() if ("magnitude" in at) != config.use_dora]
+    if other:
+        has = "no magnitudes" if config.use_dora else "magnitudes"
+        yield f"use_dora of {component} is {config.use_dora}, {listed(map(repr, other))} have {has}"
 
 
 def _config(modules: Mapping[str, ModuleAdapter]) -> dict[str, Any]:

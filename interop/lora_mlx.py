@@ -38,6 +38,7 @@ from interop.adapter_format import (
     in_dtype,
     kind_notes,
     kind_of,
+    rank_in,
     save_directory,
     unheld,
     without_repeats,
@@ -71,7 +72,7 @@ def read_mlx(content: Content, given: Given) -> FileAdapter:
 
 def write_mlx(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     """Write a directory that mlx-lm's ``load_adapters`` reads; it is absent or empty before."""
-    raise_all(f"can't write {path}", _file_problems(file))
+    raise_all(f"can't write {path}", [*_file_problems(file), *_expert_problems(file, given)])
     if not file.modules:
         config = {"fine_tune_type": "full", "num_layers": _ALL_LAYERS}
         save_directory(path, _WEIGHTS, in_dtype(file.whole, given), to_json(config))
@@ -80,7 +81,7 @@ def write_mlx(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     scale = common_scale(modules)
     modules, scaling = with_scales(modules, lambda _, module: scale)
     tensors: dict[str, np.ndarray] = {}
-    for name, stacked in _stacked(modules).items():
+    for name, stacked in _stacked(modules, _expert_counts(given.base or modules)).items():
         tensors |= _tensors(name, stacked)
     first = next(iter(modules.values()))
     keys = _keys({name.rpartition(".")[0] for name in tensors})
@@ -125,7 +126,7 @@ def _tensor_problems(
             "token there and one for each feature here"
         )
     rank = config["lora_parameters"].get("rank")
-    wrong = [name for name, at in found.items() if rank not in (None, *at["b"].shape)]
+    wrong = [name for name, at in found.items() if rank not in (None, _rank_in(at["b"]))]
     if wrong:
         yield f"{listed(map(repr, wrong))} don't have the config's rank {rank!r}"
     for name, at in found.items():
@@ -135,6 +136,10 @@ def _tensor_problems(
             yield f"{name!r} has lora_a {a} and lora_b {b}, which don't fit"
         if stacked and len(a) == 2 and (a[0] != b[0] * b[2]):
             yield f"{name!r} has lora_a {a} and lora_b {b}, which don't fit"
+
+
+def _rank_in(b: np.ndarray) -> int:
+    return rank_in(b, 2 if b.ndim == 3 else 0)
 
 
 def _modules(
@@ -159,26 +164,63 @@ def _expert_name(stacked: str, expert: int) -> str:
     return f"{block}experts.{expert}.{own}"
 
 
-def _stacked(modules: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:
+def _stacked(
+    modules: Mapping[str, ModuleAdapter], counts: Mapping[str, int]
+) -> dict[str, ModuleAdapter]:
     """With the linears of experts put together, as SwitchLinear has them."""
     found, experts = {}, defaultdict(dict)
     for name, module in modules.items():
-        match = re.fullmatch(r"(.*\.)experts\.(\d+)\.(\w+)", name)
-        if match is None:
+        if (place := _place(name)) is None:
             found[name] = module
             continue
-        block, number, own = match.groups()
-        of_mixtral = {w: linear for linear, w in _MIXTRAL.items()}
-        linear = of_mixtral.get(own, own) if "block_sparse_moe" in block else own
-        experts[f"{block}switch_mlp.{linear}"][int(number)] = module
-    return found | {name: _stack(at) for name, at in experts.items()}
+        stacked, number = place
+        experts[stacked][number] = module
+    return found | {name: _stack(at, counts[name]) for name, at in experts.items()}
 
 
-def _stack(experts: Mapping[int, ModuleAdapter]) -> ModuleAdapter:
+def _place(name: str) -> tuple[str, int] | None:
+    """The SwitchLinear that has an expert's linear, and the expert's number."""
+    match = re.fullmatch(r"(.*\.)experts\.(\d+)\.(\w+)", name)
+    if match is None:
+        return None
+    block, number, own = match.groups()
+    of_mixtral = {w: linear for linear, w in _MIXTRAL.items()}
+    linear = of_mixtral.get(own, own) if "block_sparse_moe" in block else own
+    return f"{block}switch_mlp.{linear}", int(number)
+
+
+def _expert_counts(names: Iterable[str]) -> dict[str, int]:
+    """How many experts each SwitchLinear has, if the highest of them is among the names."""
+    counts: dict[str, int] = defaultdict(int)
+    for stacked, number in filter(None, map(_place, names)):
+        counts[stacked] = max(counts[stacked], number + 1)
+    return counts
+
+
+def _expert_problems(file: FileAdapter, given: Given) -> Iterator[str]:
+    """Experts that the base doesn't have; without a base, those that the file leaves out."""
+    places = {place: name for name in file.modules if (place := _place(name))}
+    if given.base is not None:
+        counts = _expert_counts(given.base)
+        beyond = [name for (stacked, e), name in places.items() if e >= counts.get(stacked, 0)]
+        if beyond:
+            yield f"the base has no experts {listed(map(repr, beyond))}"
+        return
+    counts = _expert_counts(file.modules)
+    most = max(counts.values(), default=0)
+    for stacked in counts:
+        if left_out := [str(e) for e in range(most) if (stacked, e) not in places]:
+            yield (
+                f"{stacked!r} lacks experts {listed(left_out)} of {most} at least: give the base, "
+                "which says how many there are"
+            )
+
+
+def _stack(experts: Mapping[int, ModuleAdapter], count: int) -> ModuleAdapter:
     """Experts without factors have zeros, which change nothing."""
     one = next(iter(experts.values()))
     empty = one._replace(a=np.zeros_like(one.a), b=np.zeros_like(one.b))
-    each = [experts.get(e, empty) for e in range(max(experts) + 1)]
+    each = [experts.get(e, empty) for e in range(count)]
     a, b = np.stack([m.a for m in each]), np.stack([m.b for m in each])
     return one._replace(a=a, b=b, kind="experts")
 

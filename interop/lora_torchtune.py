@@ -1,15 +1,17 @@
-"""torchtune's adapter files: its own module names, rows of q and k in Meta's order.
+"""torchtune's adapter files: its own module names, rows of q and k in the order of its models.
 
 =========================  ===========================  ================================
 torchtune                  Hugging Face                 shape
 =========================  ===========================  ================================
 ``.lora_a.weight``         A                            (r, in)
-``.lora_b.weight``         B                            (out, r); q, k: neighbours rotate
+``.lora_b.weight``         B                            (out, r); q, k: see below
 ``.magnitude``             DoRA's magnitude             (out,); q, k: as rows of B
 ``layers.N.attn.q_proj``   ``model.layers.N.self_attn.q_proj``
 ``layers.N.mlp.w1``        ``model.layers.N.mlp.gate_proj``; w2 down_proj, w3 up_proj
 ``output``                 ``lm_head``
 =========================  ===========================  ================================
+
+Its models of Qwen's families rotate halves as Hugging Face's do, so their rows stay in place.
 
 Source: torchtune/models/convert_weights.py of https://github.com/pytorch/torchtune
 """
@@ -126,14 +128,21 @@ def _turning_problems(
     names: Mapping[str, str | None], found: Mapping[str, Mapping[str, np.ndarray]], given: Given
 ) -> list[str]:
     turned = [name for name, new in names.items() if new and new.endswith(_TURNED)]
-    if given.rotary == "halves" or not turned:
+    if _rotary(given) == "halves" or not turned:
         return []
     if given.head_dim is None:
         return [
             f"rows of {listed(map(repr, turned))} are in the order of neighbours: give head_dim, "
-            "or rotary='halves' for a model of torchtune's that rotates as Hugging Face's"
+            "or rotary='halves' for a model of torchtune's that rotates as Hugging Face's "
+            "(Qwen2's and Qwen3's)"
         ]
     return head_problems({name: found[name]["b"] for name in turned}, given.head_dim)
+
+
+def _rotary(given: Given) -> str:
+    """What is given, else what torchtune's model of the base's family rotates."""
+    family = given.config.family if given.config else ""
+    return given.rotary or ("halves" if family.startswith("qwen") else "neighbours")
 
 
 def _turned(
@@ -142,7 +151,7 @@ def _turned(
     given: Given,
     order: Callable[[np.ndarray, int], np.ndarray],
 ) -> ModuleAdapter:
-    if given.rotary == "halves" or not name.endswith(_TURNED) or not given.head_dim:
+    if _rotary(given) == "halves" or not name.endswith(_TURNED) or not given.head_dim:
         return module
     magnitude = module.magnitude
     return module._replace(
@@ -152,9 +161,18 @@ def _turned(
 
 
 def _notes(modules: Mapping[str, ModuleAdapter], given: Given) -> tuple[str, ...]:
-    turned = [m for name, m in modules.items() if name.endswith(_TURNED)]
-    has_magnitude = any(module.magnitude is not None for module in turned)
-    return (_MAGNITUDES,) if has_magnitude and given.rotary == "neighbours" else ()
+    turned = {name: m for name, m in modules.items() if name.endswith(_TURNED)}
+    if not turned:
+        return ()
+    rotary = _rotary(given)
+    reason = "as given" if given.rotary else _reason(given)
+    order = f"torchtune's model is taken to rotate {rotary} of q and k, {reason}"
+    has_magnitude = any(module.magnitude is not None for module in turned.values())
+    return (order, _MAGNITUDES) if has_magnitude and rotary == "neighbours" else (order,)
+
+
+def _reason(given: Given) -> str:
+    return f"as its {given.config.family} does" if given.config else "as most of its models do"
 
 
 FORMATS = {

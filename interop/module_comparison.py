@@ -9,7 +9,8 @@ With an adapter it is adapted here, and the torch module comes with its own: a P
 after `interop.torch_lora.apply_lora`, or any other that `interop.trained_tensors` knows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,7 +76,8 @@ def compare(
 ) -> ModuleComparison:
     """Run both sides on the same input and measure how far they are apart.
 
-    The torch module runs in eval mode, so without dropout, and is left as it was.
+    The torch module runs in eval mode, so without dropout, and is left as it was: the mode of each
+    submodule and the gradients of its parameters.
 
     Args:
       module: any torch module.
@@ -157,19 +159,12 @@ def torch_side(
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     tensors = [torch.tensor(_as_torch(array), device=device) for array in inputs]
-    was_training = module.training
-    module.eval()
-    seen, hooks = _hooked(module, names)
-    try:
+    with _left_as_it_was(module), _hooked(module, names) as seen:
         with torch.set_grad_enabled(direction is not None):
-            output = call(module, *tensors)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        module.train(was_training)
-    if uncalled := [name for name in names if name not in seen]:
-        raise InputError(f"torch never calls {', '.join(uncalled)}")
-    along = {} if direction is None else _torch_gradients(module, output, direction)
+            output = call(module.eval(), *tensors)
+        if uncalled := [name for name in names if name not in seen]:
+            raise InputError(f"torch never calls {', '.join(uncalled)}")
+        along = {} if direction is None else _torch_gradients(module, output, direction)
     return Side(_numpy(output), {name: _numpy(layer) for name, layer in seen.items()}, along)
 
 
@@ -202,7 +197,22 @@ def _as_torch(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) else array
 
 
-def _hooked(module: "nn.Module", names: tuple[str, ...]) -> "tuple[dict[str, Tensor], list[Any]]":
+@contextmanager
+def _left_as_it_was(module: "nn.Module") -> Iterator[None]:
+    """Each submodule in its own mode, each parameter with its own gradient, whatever happens."""
+    modes = [(each, each.training) for each in module.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _hooked(module: "nn.Module", names: tuple[str, ...]) -> "Iterator[dict[str, Tensor]]":
     """A dict that fills up with what the modules put out, in the order in which they are called."""
     modules = dict(module.named_modules())
     prefix = trained_tensors.PREFIX if hasattr(module, "peft_config") else ""
@@ -220,7 +230,10 @@ def _hooked(module: "nn.Module", names: tuple[str, ...]) -> "tuple[dict[str, Ten
         keep_it = partial(keep, name)
         return modules[prefix + name].register_forward_hook(lambda _, __, out: keep_it(out))
 
-    return seen, [hook(name) for name in names]
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(hook(name).remove)
+        yield seen
 
 
 def _torch_gradients(module: "nn.Module", output: "Tensor", direction: np.ndarray) -> Arrays:
@@ -230,9 +243,7 @@ def _torch_gradients(module: "nn.Module", output: "Tensor", direction: np.ndarra
     if output.shape != direction.shape:
         raise InputError(f"the output is {direction.shape} in JAX and {tuple(output.shape)} here")
     (output.float() * torch.from_numpy(direction).to(output.device)).sum().backward()
-    found = trained_tensors.gradients(module)
-    module.zero_grad(set_to_none=True)
-    return found
+    return trained_tensors.gradients(module)
 
 
 def _numpy(tensor: "Tensor") -> np.ndarray:

@@ -18,9 +18,9 @@ def read_config(path: Path) -> PeftConfig:
         way that is not represented here, with its value.
     """
     raw = read_small_json(path)
-    if problems := list(_problems(raw)):
-        raise InputError(f"{path} can't be used: " + "; ".join(problems))
-    return _from(raw)
+    if found := list(problems(raw)):
+        raise InputError(f"{path} can't be used: " + "; ".join(found))
+    return config_of(raw)
 
 
 class _Field(NamedTuple):
@@ -170,7 +170,8 @@ _UNSUPPORTED = {
 }
 
 
-def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
+def problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps a config from being used: a line for every key, with its value."""
     wrong = {
         key: field.expected
         for key, field in _FIELDS.items()
@@ -183,7 +184,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         reason = f"not supported: {kind}" if kind else "a key that is not known here"
         yield f"{shown(key)[1:-1]} is {shown(raw[key])}, {reason}"
     if not wrong:
-        yield from _contradictions(_from(raw))
+        yield from _contradictions(config_of(raw))
 
 
 def _contradictions(config: PeftConfig) -> Iterator[str]:
@@ -201,5 +202,6 @@ def _contradictions(config: PeftConfig) -> Iterator[str]:
         yield f"layers_pattern is {shown(config.layers_pattern)} without layers_to_transform"
 
 
-def _from(raw: Mapping[str, Any]) -> PeftConfig:
+def config_of(raw: Mapping[str, Any]) -> PeftConfig:
+    """A config without `problems`, PEFT's defaults for what it leaves out."""
     return PeftConfig(**{key: raw.get(key, _FIELDS[key].default) for key in PeftConfig._fields})

@@ -74,10 +74,10 @@ def from_torch(
 
 
 def _writeable(leaf: Any) -> np.ndarray:
-    """The leaf's own memory where it is on the host: NumPy has a JAX array read-only, torch
-    does not."""
-    on_host = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
-    return as_numpy(as_torch(leaf)) if on_host else np.asarray(leaf)
+    """The leaf's own memory where it is on the host in one piece: NumPy has a JAX array
+    read-only, torch does not."""
+    devices = [d.platform for d in leaf.devices()] if isinstance(leaf, jax.Array) else []
+    return as_numpy(as_torch(leaf)) if devices == ["cpu"] else np.asarray(leaf)
 
 
 def _array(tensor: Any) -> np.ndarray:

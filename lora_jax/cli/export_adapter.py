@@ -36,8 +36,9 @@ class Options:
     """Of A and B; by default float32."""
     alpha: float | None = None
     """lora_alpha of training, for sources that hold A and B alone."""
-    rotary: Literal["halves", "neighbours"] = "neighbours"
-    """Which coordinates of q and k torchtune's model turns together."""
+    rotary: Literal["halves", "neighbours"] | None = None
+    """Which coordinates of q and k torchtune's model turns together; by default halves for Qwen's
+    families and neighbours for others. A note says which."""
 
 
 def run(options: Options) -> int:

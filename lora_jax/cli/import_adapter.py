@@ -27,9 +27,9 @@ class Options:
     """Of the source, where its content doesn't tell: an error lists them."""
     alpha: float | None = None
     """lora_alpha of training, for files that hold A and B alone."""
-    rotary: Literal["halves", "neighbours"] = "neighbours"
-    """Which coordinates of q and k the source's own model turns together, in formats where that is
-    not as Hugging Face's does: torchtune, and MiniMind of the first generation."""
+    rotary: Literal["halves", "neighbours"] | None = None
+    """Which coordinates of q and k torchtune's model turns together; by default halves for Qwen's
+    families and neighbours for others. A note says which."""
     merged_linear: tuple[str, ...] = ()
     """loralib's MergedLinear: module=enabled parts, such as c_attn=101."""
 

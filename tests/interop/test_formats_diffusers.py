@@ -89,6 +89,46 @@ def test_the_config_in_the_header_gives_the_scales(config, scales, params, tmp_p
     assert "q_proj'" in file.notes[0]
 
 
+def plain(**settings):
+    return json.dumps(config_of(r=3, lora_alpha=3, **settings))
+
+
+def test_a_config_of_peft_itself_is_understood(params, tmp_path):
+    tensors, _ = diffusers_case(params)
+    own = LoraConfig(r=3, lora_alpha=6, target_modules=["to_q"]).to_dict()
+    text = json.dumps(config_of(**own | {"target_modules": ["to_q"]}))
+    save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": text})
+    file = read(tmp_path / "l.safetensors")
+    assert [file.modules[name].scale for name in FLAT] == [2.0, 2.0, 2.0, 1.0]
+
+
+def test_magnitudes_need_a_config_with_dora(params, tmp_path):
+    tensors, _ = diffusers_case(params)
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if "unet" in name]
+    for name in {name for name in names if not name.endswith("weight")}:
+        out = tensors[f"{name}.lora_B.weight"].shape[0]
+        tensors[f"{name}.lora_magnitude_vector"] = torch.ones(out)
+    save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": plain()})
+    with pytest.raises(lora.InputError, match=r"use_dora of unet is False, .*to_q'.* magnitudes"):
+        read(tmp_path / "l.safetensors")
+    told = {"lora_adapter_metadata": plain(use_dora=True)}
+    save_file(tensors, tmp_path / "l.safetensors", told)
+    assert read(tmp_path / "l.safetensors").modules["unet.conv_in"].magnitude is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alphas_beside_a_config_have_to_say_the_same(dtype, params, tmp_path):
+    tensors, _ = diffusers_case(params)
+    told = {"lora_adapter_metadata": plain()}
+    alpha = {"unet.conv_in.alpha": torch.tensor(3.0, dtype=dtype)}
+    save_file(tensors | alpha, tmp_path / "l.safetensors", told)
+    assert read(tmp_path / "l.safetensors").modules["unet.conv_in"].scale == 1
+    alpha = {"unet.conv_in.alpha": torch.tensor(1.5, dtype=dtype)}
+    save_file(tensors | alpha, tmp_path / "l.safetensors", told)
+    with pytest.raises(lora.InputError, match=r"conv_in has scale 0\.5 by its alpha, .* says 1"):
+        read(tmp_path / "l.safetensors")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,6 +140,14 @@ def test_the_config_in_the_header_gives_the_scales(config, scales, params, tmp_p
         (json.dumps(config_of(r=3, lora_alpha=3, rank_pattern={"a": "b"})), "rank_pattern is"),
         (json.dumps(config_of(r=3, lora_alpha=3, alpha_pattern={"(": 1})), "not a regular"),
         (json.dumps(config_of(r=4, lora_alpha=3)), "to_q has rank 3, its config says 4"),
+        (plain(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base"),
+        (plain(init_lora_weights="loftq"), "init_lora_weights is 'loftq', expected one of"),
+        (plain(use_qalora=True), "use_qalora is True, not supported: QALoRA"),
+        (plain(layer_replication=[[0, 2]]), "layer_replication is .*, not supported"),
+        (plain(use_rslora="no"), "use_rslora is 'no', expected true or false"),
+        (plain(peft_type="LOHA"), "peft_type is 'LOHA', expected 'LORA'"),
+        (plain(use_dora=True), "use_dora of unet is True, 'unet.*to_q'.* have no magnitudes"),
+        (plain(mine=1), "mine is 1, a key that is not known here"),
     ],
 )
 def test_headers_that_are_wrong_are_refused(text, message, params, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from interop.adapter_file import FileAdapter
-from interop.adapter_format import Given
+from interop.adapter_format import BaseModule, Given
 from interop.adapter_formats import read, write
 from interop.adapter_plan import base_modules, from_plan, to_plan
 from interop.keymaps import Keymap, Rule
@@ -101,7 +101,8 @@ def test_what_is_written_for_mlx_is_what_it_reads(dora, params, tmp_path):
     source = directory(tmp_path / "mlx", tensors, config("dora" if dora else "lora"))
     given = Given(base=base_modules(params, TABLE))
     adapter, plan = to_plan(read(source, given), params, TABLE)
-    assert not write(tmp_path / "back", from_plan(adapter, plan, TABLE, params=params), "mlx")
+    file = from_plan(adapter, plan, TABLE, params=params)
+    assert not write(tmp_path / "back", file, "mlx", given)
     stored = load_file(tmp_path / "back" / "adapters.safetensors")
     assert stored.keys() == tensors.keys()
     assert all(np.array_equal(stored[name], tensors[name]) for name in stored)
@@ -137,13 +138,29 @@ def test_ranks_and_scales_that_differ_are_folded(params, tmp_path):
 def test_mixtrals_experts_have_their_own_names(tmp_path):
     block = "model.layers.0.block_sparse_moe"
     modules = {f"{block}.experts.{e}.{w}": pair(2, (4,), 4) for e in (0, 2) for w in ("w1", "w2")}
-    write(tmp_path / "mlx", FileAdapter("mine", modules), "mlx")
+    names = [f"{block}.experts.{e}.{w}" for e in range(5) for w in ("w1", "w2", "w3")]
+    given = Given(base={name: BaseModule("linear", (4, 4)) for name in names})
+    write(tmp_path / "mlx", FileAdapter("mine", modules), "mlx", given)
     stored = load_file(tmp_path / "mlx" / "adapters.safetensors")
-    assert stored[f"{block}.switch_mlp.gate_proj.lora_a"].shape == (3, 2, 4)
-    assert not stored[f"{block}.switch_mlp.down_proj.lora_b"][1].any()
+    assert stored[f"{block}.switch_mlp.gate_proj.lora_a"].shape == (5, 2, 4)
+    assert not stored[f"{block}.switch_mlp.down_proj.lora_b"][[1, 3, 4]].any()
     again = read(tmp_path / "mlx").modules
     assert {*modules} < {*again}
     assert all(np.array_equal(again[name].b, module.b) for name, module in modules.items())
+
+
+def test_experts_that_cannot_be_counted_are_refused(tmp_path):
+    block = "model.layers.{}.mlp.experts.{}.up_proj"
+    gap = {block.format(0, e): pair(2, (4,), 4) for e in (0, 2)}
+    shorter = {block.format(0, e): pair(2, (4,), 4) for e in (0, 1)}
+    longer = {block.format(1, e): pair(2, (4,), 4) for e in (0, 1, 2)}
+    for modules, number in ((gap, 1), (shorter | longer, 2)):
+        with pytest.raises(lora.InputError, match=rf"0\.mlp\.switch_mlp\.up_proj' lacks experts "
+                           rf"{number} of 3 at least: give the base"):  # fmt: skip
+            write(tmp_path / "mlx", FileAdapter("mine", modules), "mlx")
+    base = {name: BaseModule("linear", (4, 4)) for name in shorter}
+    with pytest.raises(lora.InputError, match=r"the base has no experts '.*experts\.2\.up_proj'"):
+        write(tmp_path / "mlx", FileAdapter("mine", gap), "mlx", Given(base=base))
 
 
 def test_a_full_fine_tune_is_read_and_written_whole(params, tmp_path):
@@ -169,6 +186,10 @@ REFUSED = {
     "no parameters": ({"fine_tune_type": "lora"}, {A: (4, 3), B: (3, 4)}, "no lora_parameters"),
     "another type": (config("adalora"), {A: (4, 3), B: (3, 4)}, "fine_tune_type is 'adalora'"),
     "another rank": (config(rank=8), {A: (4, 3), B: (3, 4)}, "don't have the config's rank 8"),
+    "the width for a rank": (config(rank=4), {A: (4, 3), B: (3, 4)}, "have the config's rank 4"),
+    "the experts for a rank": (
+        config(rank=5), {A: (5, 3, 4), B: (5, 4, 3)}, "don't have the config's rank 5",
+    ),
     "dora without m": (config("dora"), {A: (4, 3), B: (3, 4)}, r"have no '\.m'"),
     "m without dora": (config(), {A: (4, 3), B: (3, 4), "fc.m": (4,)}, r"isn't dora.*have '\.m'"),
     "dora of a table": (

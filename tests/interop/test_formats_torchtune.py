@@ -1,5 +1,7 @@
 """torchtune's files: its documented maths in torch, and rotary rows by what attention gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from interop.adapter_formats import read, write
 
 from module_cases import pair
 from rotary_oracle import halves_rotated, neighbours_rotated
+from small_models import SMALL
 
 HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 16
 SHAPES = {
@@ -71,7 +74,8 @@ def test_checkpoints_of_torchtune_compute_what_it_computes(dora, tmp_path):
     torch.save(tensors, tmp_path / "adapter_0.pt")
     file = read(tmp_path / "adapter_0.pt", GIVEN)
     assert {*file.modules} == {*NAMES.values()}
-    assert bool(file.notes) == dora
+    assert "neighbours of q and k, as most of its models do" in file.notes[0]
+    assert len(file.notes) == 1 + dora
     x, angles = torch.randn(5, WIDTH), torch.rand(5, HEAD_DIM // 2)
     rotated = []
     for name, shape in SHAPES.items():
@@ -126,6 +130,30 @@ def test_models_that_rotate_halves_keep_their_rows(tmp_path):
     file = read(tmp_path / "adapter_0.pt", Given(alpha=6, rotary="halves"))
     found = file.modules["model.layers.0.self_attn.q_proj"]
     assert np.array_equal(found.b, tensors["layers.0.attn.q_proj.lora_b.weight"])
+
+
+@pytest.mark.parametrize(
+    ("family", "rotary", "keeps", "note"),
+    [
+        ("qwen2", None, True, "rotate halves of q and k, as its qwen2 does"),
+        ("qwen3", None, True, "rotate halves of q and k, as its qwen3 does"),
+        ("mistral", None, False, "rotate neighbours of q and k, as its mistral does"),
+        ("qwen2", "neighbours", False, "rotate neighbours of q and k, as given"),
+        ("llama", "halves", True, "rotate halves of q and k, as given"),
+    ],
+)
+def test_the_family_says_what_rotates_unless_it_is_given(family, rotary, keeps, note, tmp_path):
+    tensors = checkpoint()
+    torch.save(tensors, tmp_path / "adapter_0.pt")
+    given = GIVEN._replace(config=replace(SMALL, family=family), rotary=rotary)
+    file = read(tmp_path / "adapter_0.pt", given)
+    assert note in file.notes[0]
+    found, own = file.modules["model.layers.0.self_attn.q_proj"].b, "layers.0.attn.q_proj"
+    assert np.array_equal(found, tensors[f"{own}.lora_b.weight"]) == keeps
+    notes = write(tmp_path / "back.pt", file, "torchtune", given._replace(alpha=None))
+    assert note in notes[-1]
+    stored = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(stored[name], tensors[name]) for name in stored)
 
 
 @pytest.mark.parametrize(

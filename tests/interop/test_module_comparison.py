@@ -112,6 +112,34 @@ def test_one_function_passes_with_layers_output_and_gradients(name, framework):
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_and_gradients_are_left_as_they_were(fails):
+    (module, jax_fn, *ours), given = sides("mlp")
+    module.train()
+    module.up.eval()
+    modes = [each.training for each in module.modules()]
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0) if parameter.requires_grad else None
+    before = [parameter.grad for parameter in module.parameters()]
+
+    def call(module, *inputs):
+        assert not any(each.training for each in module.modules())
+        output = module(*inputs)
+        return output[:1] if fails else output
+
+    arguments = (jax_fn, ours[0], (TOKENS,))
+    if fails:
+        with pytest.raises(lora.InputError, match="the output is"):
+            compare(module, *arguments, **given, call=call)
+    else:
+        found = compare(module, *arguments, **given, call=call)
+        assert max(each.relative for each in found.gradients) < 1e-5
+    assert [each.training for each in module.modules()] == modes
+    for parameter, gradient in zip(module.parameters(), before, strict=True):
+        assert parameter.grad is gradient
+        assert gradient is None or (gradient == 2).all()
+
+
 def test_an_embedding_and_unequal_layers_are_compared_as_peft_has_them():
     module = build(MLP)
     params, _ = as_jax(module)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen, nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from interop.dlpack import as_jax, as_numpy, as_torch
 from interop.keymap_rows import keymap
@@ -138,12 +139,30 @@ def test_what_cannot_be_shared_is_copied_with_its_values():
         np.testing.assert_array_equal(as_jax(view), view.numpy())
 
 
-@pytest.mark.parametrize("dtype", ["int64", "float64"])
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64", "complex128"])
 def test_jax_is_not_given_what_it_would_halve(dtype):
-    with pytest.raises(InputError, match=f"a tensor of torch.{dtype}, which JAX holds in 32 bits"):
+    with pytest.raises(InputError, match=f"a tensor of torch.{dtype}, which JAX holds in half"):
         as_jax(torch.ones(2, dtype=getattr(torch, dtype)))
     with jax.enable_x64(True):
         assert as_jax(torch.ones(2, dtype=getattr(torch, dtype))).dtype == dtype
+
+
+def test_a_complex_number_of_two_halves_is_no_wide_one():
+    tensor = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64)
+    there = as_jax(tensor)
+    assert there.dtype == "complex64"
+    np.testing.assert_array_equal(there, tensor.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec()], ids=["split", "everywhere"])
+def test_arrays_on_several_devices_are_gathered(dtype, spec):
+    whole = jnp.arange(24, dtype=dtype).reshape(4, 6)
+    kernel = jax.device_put(whole, NamedSharding(jax.make_mesh((2,), ("x",)), spec))
+    assert len(kernel.devices()) == 2
+    state = to_torch({"kernel": kernel}, keymap(("kernel", "weight", "linear")))
+    assert state["weight"].dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(state["weight"].float(), np.asarray(whole, "f4").T)
 
 
 def test_tensors_without_a_numpy_form_are_named():
