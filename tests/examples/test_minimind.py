@@ -1,0 +1,387 @@
+"""The MiniMind example against torch: model, both modes of training, experts, files, the run."""
+
+import doctest
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+import lora_jax as lora
+from interop import adapter_formats, hf, peft, torch_io, torch_lora, torch_training
+from interop.adapter_format import Given
+from interop.adapter_plan import base_modules, from_plan, to_plan
+from interop.families import keymap_of
+from interop.hf_config import from_attributes
+from interop.keymaps import to_torch
+from interop.torch_lora_files import load_adapter
+from lora_jax.data.chat import encode_chat
+from lora_jax.errors import InputError
+from lora_jax.models.experts import ExpertsForm
+
+import minimind_modes
+import minimind_rows
+import three_stages
+from minimind_adapter import adapted_model, apply_lora, check_merge
+from minimind_modes import MODES
+from minimind_options import Options, model_config, schooling_of
+from minimind_rows import encoded, first_rows
+from minimind_torch import MiniMind, loader, notebook_loss, right_loss
+from minimind_training import fresh_params, model_function, train
+
+EXAMPLE = Path(three_stages.__file__).parent
+SMALL = {"dim": 64, "vocab_size": 700, "max_seq_len": 160}
+
+
+def options(**given):
+    return Options(**{**SMALL, **given})
+
+
+class Start(NamedTuple):
+    """The same adapted model on both sides."""
+
+    config: lora.DecoderConfig if hasattr(lora, "DecoderConfig") else object
+    params: dict
+    plan: lora.Plan
+    adapter: dict
+    theirs: MiniMind
+
+
+def close(actual, expected, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=atol)
+
+
+def torch_model(config, params):
+    said = {"dim": config.hidden_size, "vocab_size": config.vocab_size}
+    model = MiniMind(**said, use_moe=config.experts is not None)
+    names = to_torch(jax.tree.map(np.asarray, params), keymap_of(config))
+    state = {name: torch.from_numpy(np.array(array)) for name, array in names.items()}
+    model.load_state_dict({**state, "output.weight": state["tok_embeddings.weight"]})
+    return model
+
+
+def started(said, tmp_path, *, spread=0.0):
+    """Both sides adapted, with the adapter handed over in MiniMind's own file."""
+    config = model_config(said)
+    params = fresh_params(jax.random.key(3), config)
+    plan, adapter = apply_lora(config, params, said)
+    noise = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: x + spread * noise.normal(size=x.shape).astype("f4"), adapter)
+    theirs = torch_model(config, params)
+    names = torch_lora.apply_lora(theirs, torch_lora.square, rank=said.rank)
+    assert names == [f"layers.{n}.attention.{w}" for n in range(2) for w in ("wq", "wo")]
+    path = tmp_path / "lora.pth"
+    file = from_plan(adapter, plan, keymap_of(config), params=params)
+    adapter_formats.write(path, file, "minimind")
+    load_adapter(theirs, path, "minimind")
+    return Start(config, params, plan, adapter, theirs)
+
+
+# The model
+
+
+def test_the_model_is_minimind_and_llama(tmp_path):
+    start = started(options(), tmp_path, spread=0.1)
+    tokens = np.random.default_rng(0).integers(0, 700, (2, 40))
+    ours = model_function(start.config)(start.params, tokens)[0]
+    with torch.no_grad():
+        bare = torch_model(start.config, start.params)(torch.from_numpy(tokens))
+        llama = hf.to_transformers(start.config, start.params)
+        assert type(llama).__name__ == "LlamaForCausalLM"
+        close(ours, bare)
+        close(ours, llama(torch.from_numpy(tokens)).logits)
+        adapted = start.theirs(torch.from_numpy(tokens))
+    close(adapted_model(start.config, start.plan)(start.adapter, start.params, tokens)[0], adapted)
+    assert abs(adapted - bare).max() > 0.1
+
+
+def test_fresh_weights_are_torchs():
+    config = model_config(Options())
+    params = fresh_params(jax.random.key(0), config)
+    q = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    down = params["layers"]["mlp"]["down_proj"]["kernel"]
+    for leaf, fan_in in ((q, 512), (down, 1408), (params["embed_tokens"]["embedding"], 512)):
+        assert abs(leaf).max() <= fan_in**-0.5
+        assert float(leaf.std()) == pytest.approx((3 * fan_in) ** -0.5, rel=1e-2)
+    assert (params["norm"]["scale"] == 1).all()
+
+
+# Rows
+
+
+def test_rows_are_written_and_marked_as_described():
+    said = options(rows=None)
+    tokenizer, lessons = three_stages.lessons_of(said)
+    assert tokenizer.get_vocab_size() == 700
+    assert [tokenizer.id_to_token(n) for n in range(3)] == ["<unk>", "<s>", "</s>"]
+    rows = first_rows(said.sft_data, None)
+    for mode, offset in (("default", 0), ("faithful", 1)):
+        for row, each in zip(rows, encoded(tokenizer, rows, 160, MODES[mode].mark), strict=True):
+            messages = [dict(turn) for turn in row.messages]
+            right = encode_chat(tokenizer, minimind_rows.TEMPLATE, {}, messages)
+            length = len(right.ids)
+            assert each.ids[:length].tolist() == right.ids.tolist()
+            assert not each.ids[length:].any()
+            # of the closing, generation reads </s> alone; MiniMind learns its line break too
+            closing = np.roll(right.trained & (right.ids == 2), 1)
+            expected = np.pad(right.trained | closing, (0, 160 - length))
+            assert each.learnt.tolist() == np.roll(expected, offset).tolist()
+    texts = [row for row in three_stages.STAGES if row != "pretrain"]
+    assert (
+        lessons["pretrain"].trained[0].weights.sum()
+        == (lessons["pretrain"].trained[0].targets > 0).sum()
+    )
+    assert texts == ["sft", "lora"]
+
+
+def test_a_row_that_is_cut_before_its_answer_is_named():
+    with pytest.raises(InputError, match=r"no token is learnt of .*sft\.jsonl:1.* in 24 tokens"):
+        three_stages.lessons_of(options(max_seq_len=24))
+
+
+# Training, step for step
+
+RECIPES = {
+    "default": (
+        right_loss,
+        lambda batches, accumulate, _: torch_training.accumulated(batches, accumulate),
+        lambda peak, _, updates: lambda t: peak * (0.1 + 0.45 * (1 + np.cos(np.pi * t / updates))),
+    ),
+    "faithful": (
+        notebook_loss,
+        torch_training.accumulated_as_minimind,
+        lambda peak, batches, _: torch_training.minimind_schedule(peak, batches),
+    ),
+}
+
+NOTEBOOK = {}
+ACCUMULATED = {"rows": 12, "accumulation_steps": 4, "epochs": 2, "learning_rate": 5e-3}
+CASES = {
+    "notebook": (NOTEBOOK, 1e-5),
+    "accumulated": (ACCUMULATED, 1e-5),
+    "bfloat16": ({"dtype": "bfloat16"}, 5e-3),
+    "experts": ({"use_moe": True}, 1e-5),
+}
+
+
+def ours(start, said, lesson):
+    apply = adapted_model(start.config, start.plan)
+    return train(
+        apply, start.adapter, start.params, lesson.trained, said.epochs, schooling_of(said)
+    )
+
+
+def theirs(start, said, tokenizer):
+    loss_fn, accumulated, schedule = RECIPES[said.mode]
+    count, size = said.rows, said.batch_size
+    epoch = loader(
+        said.lora_data, tokenizer, count, said.max_seq_len, size, said.mode == "faithful"
+    )
+    batches = epoch * said.epochs
+    updates = accumulated(batches, said.accumulation_steps, len(epoch))
+    recipe = torch_training.Recipe(
+        schedule(said.learning_rate, len(batches), len(updates)), precision=said.dtype
+    )
+    return torch_training.train(start.theirs, updates, recipe, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(("given", "limit"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_loss_is_torchs(mode, given, limit, tmp_path):
+    said = options(mode=mode, **given)
+    tokenizer, lessons = three_stages.lessons_of(said)
+    start = started(said, tmp_path)
+    trained, records = ours(start, said, lessons["lora"])
+    expected = theirs(start, said, tokenizer)
+    close([record.loss for record in records], [record.loss for record in expected], limit)
+    close(
+        [record.learning_rate for record in records],
+        [record.learning_rate for record in expected],
+        1e-12,
+    )
+    assert records[0].loss - records[-1].loss > 10 * limit
+    for name, layer in torch_lora.lora_layers(start.theirs).items():
+        site = start.plan["layers/self_attn/" + {"wq": "q", "wo": "o"}[name[-2:]] + "_proj/kernel"]
+        entry, number = trained[site.path], int(name.split(".")[1])
+        close(entry.a[number].T, layer.lora_A.detach(), 50 * limit)
+        close(entry.b[number].T, layer.lora_B.detach(), 50 * limit)
+    if said.use_moe:
+        assert all(record.aux_loss > 0.1 for record in records)
+
+
+def test_the_modes_differ_and_the_faithful_one_has_the_notebooks_rates(tmp_path):
+    found = {}
+    for mode in MODES:
+        said = options(mode=mode)
+        _, lessons = three_stages.lessons_of(said)
+        _, found[mode] = ours(started(said, tmp_path), said, lessons["lora"])
+    rates = [f"{record.learning_rate:.8f}" for record in found["faithful"]]
+    assert rates == ["0.00050225", "0.00037725", "0.00022275", "0.00009775", "0.00005000"]
+    assert abs(found["default"][0].loss - found["faithful"][0].loss) > 1e-3
+
+
+# Experts
+
+
+def test_experts_forward_balance_and_gradients(tmp_path):
+    said = options(use_moe=True, targets=("square", ".*/experts/down_proj"))
+    config = model_config(said)
+    assert config.experts == ExpertsForm(4, 2, 192, renormalised=True, shared_width=192)
+    params = fresh_params(jax.random.key(3), config)
+    plan, adapter = apply_lora(config, params, said)
+    assert adapter["layers/mlp/experts/down_proj"].a.shape == (2, 4, 192, 16)
+    noise = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype("f4"), adapter)
+    model = torch_model(config, params)
+    torch_lora.apply_lora(model, torch_lora.by_regex(r".*\.w[qo]|.*\.experts\.\d\.w2"), rank=16)
+    for name, layer in torch_lora.lora_layers(model).items():
+        number = [int(part) for part in name.split(".") if part.isdigit()]
+        leaf = {"wq": "self_attn/q_proj/kernel", "wo": "self_attn/o_proj/kernel"}
+        entry = adapter["layers/" + leaf.get(name[-2:], "mlp/experts/down_proj")]
+        for parameter, array in ((layer.lora_A, entry.a), (layer.lora_B, entry.b)):
+            parameter.data = torch.from_numpy(np.array(array[tuple(number)].T))
+
+    tokens = noise.integers(0, 700, (2, 30))
+    pull = noise.normal(size=(2, 30, 700)).astype("f4")
+    apply = adapted_model(config, plan)
+
+    def pulled(adapter):
+        logits, aux = apply(adapter, params, tokens)
+        return (logits * pull).mean() + aux, (logits, aux)
+
+    grads, (logits, aux) = jax.jit(jax.grad(pulled, has_aux=True))(adapter)
+    expected = model(torch.from_numpy(tokens))
+    balance = model.aux_loss()
+    ((expected * torch.from_numpy(pull)).mean() + balance).backward()
+    close(logits, expected.detach())
+    close(aux, balance.detach())
+    assert float(aux) > 2
+    for name, layer in torch_lora.lora_layers(model).items():
+        number = tuple(int(part) for part in name.split(".") if part.isdigit())
+        leaf = {"wq": "self_attn/q_proj/kernel", "wo": "self_attn/o_proj/kernel"}
+        entry = grads["layers/" + leaf.get(name[-2:], "mlp/experts/down_proj")]
+        assert abs(layer.lora_A.grad).max() > 1e-5
+        close(entry.a[number].T, layer.lora_A.grad)
+        close(entry.b[number].T, layer.lora_B.grad)
+
+
+# Files
+
+
+def test_a_pth_is_read_and_written_byte_for_byte(tmp_path):
+    start = started(options(), tmp_path, spread=0.1)
+    keymap = keymap_of(start.config)
+    given = Given(base=base_modules(start.params, keymap))
+    adapter, plan = to_plan(
+        adapter_formats.read(tmp_path / "lora.pth", given), start.params, keymap
+    )
+    file = from_plan(adapter, plan, keymap, params=start.params)
+    adapter_formats.write(tmp_path / "again.pth", file, "minimind")
+    first, again = (torch.load(tmp_path / n, weights_only=True) for n in ("lora.pth", "again.pth"))
+    assert list(first) == [
+        f"layers.{n}.attention.{w}.lora.{f}.weight"
+        for n, w, f in sorted((n, w, f) for n in range(2) for w in ("wo", "wq") for f in "AB")
+    ] or set(first) == set(again)
+    for name, tensor in first.items():
+        assert tensor.dtype == again[name].dtype
+        assert tensor.numpy().tobytes() == again[name].numpy().tobytes()
+
+
+CURRENT = {
+    "model_type": "minimind", "hidden_size": 64, "vocab_size": 700, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("generation", ["first", "current"])
+def test_peft_computes_what_minimind_does(generation, tmp_path):
+    tokens = np.random.default_rng(1).integers(0, 700, (2, 30))
+    if generation == "first":
+        start = started(options(), tmp_path, spread=0.1)
+        config, params, plan, adapter, _ = start
+    else:
+        config = from_attributes(CURRENT)
+        params = fresh_params(jax.random.key(3), config)
+        plan, adapter = apply_lora(config, params, options())
+        noise = np.random.default_rng(0)
+        adapter = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype("f4"), adapter)
+        file = from_plan(adapter, plan, keymap_of(config), params=params)
+        adapter_formats.write(tmp_path / "lora.pth", file, "minimind")
+    counterpart, halves = hf.in_transformers(config, params)
+    given = Given(head_dim=config.head_dim) if generation == "first" else Given()
+    file = adapter_formats.read(tmp_path / "lora.pth", given)
+    keymap = keymap_of(counterpart)
+    peft_adapter, peft_plan = to_plan(file, halves, keymap)
+    peft.write(tmp_path / "peft", peft_adapter, peft_plan, keymap=keymap, params=halves)
+    model = PeftModel.from_pretrained(hf.to_transformers(config, params), tmp_path / "peft").eval()
+    name = {"first": "LlamaForCausalLM", "current": "Qwen3ForCausalLM"}[generation]
+    assert type(model.get_base_model()).__name__ == name
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits
+        with model.disable_adapter():
+            base = model(torch.from_numpy(tokens)).logits
+    close(adapted_model(config, plan)(adapter, params, tokens)[0], expected)
+    assert abs(expected - base).max() > 0.1
+
+
+# The run
+
+
+def test_the_run_prints_what_the_notebook_does(tmp_path, capsys):
+    words = ["--save-dir", str(tmp_path), "--mode", "faithful", "--epochs", "2"]
+    sizes = ["--dim", "64", "--vocab-size", "700", "--max-seq-len", "160"]
+    outcomes = three_stages.main(["--config", str(EXAMPLE / "minimind.yaml"), *sizes, *words])
+    printed = capsys.readouterr().out
+    names = [f"layers.{n}.attention.{w}" for n in range(2) for w in ("wq", "wo")]
+    assert "\n".join(f"apply lora on module: {name}" for name in names) in printed
+    assert printed.count("adapter saved to ") == 2
+    assert "Epoch:[2/2](1/1), loss: " in printed
+    assert list(outcomes) == ["pretrain", "sft", "lora"]
+    for outcome in outcomes.values():
+        assert outcome.records[-1].loss < outcome.records[0].loss
+    weights = torch_io.read(tmp_path / "minimind_sft_64.pth")
+    assert {array.dtype for array in weights.values()} == {np.dtype("float16")}
+    assert set(torch_io.read(tmp_path / "minimind_lora_64.pth")) == {
+        f"{name}.lora.{factor}.weight" for name in names for factor in "AB"
+    }
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_a_merge_with_a_b_of_zero_is_refused():
+    said = options()
+    config = model_config(said)
+    params = fresh_params(jax.random.key(3), config)
+    plan, adapter = apply_lora(config, params, said)
+    with pytest.raises(InputError, match="where the adapter does 0"):
+        check_merge(config, params, adapter, plan, np.ones((1, 4), np.int32))
+
+
+def test_what_the_run_refuses(tmp_path):
+    with pytest.raises(InputError, match="3 rows are no whole number of batches of 2"):
+        three_stages.lessons_of(options(rows=3))
+    with pytest.raises(InputError, match=r"rows is 99, and .*pretrain\.jsonl has 16"):
+        three_stages.lessons_of(options(rows=99))
+    with pytest.raises(InputError, match="a vocabulary of 200 has no room"):
+        three_stages.lessons_of(options(vocab_size=200))
+
+
+def test_doctests_of_the_example():
+    for module in (minimind_modes, minimind_rows):
+        found = doctest.testmod(module)
+        assert found.attempted
+        assert not found.failed
+
+
+@pytest.mark.slow
+def test_the_notebooks_size(tmp_path, capsys):
+    words = ["--save-dir", str(tmp_path), "--mode", "faithful"]
+    outcomes = three_stages.main(["--config", str(EXAMPLE / "minimind.yaml"), *words])
+    printed = capsys.readouterr().out
+    assert "parameters with LoRA: 8980992" in printed
+    assert "parameters of LoRA: 65536" in printed
+    assert "share of LoRA: 0.73%" in printed
+    first, last = (outcomes["lora"].records[n].loss for n in (0, -1))
+    assert 0.03 < first - last < 0.09
+    assert outcomes["pretrain"].records[0].loss == pytest.approx(8.93, abs=0.1)
