@@ -20,7 +20,7 @@ from lora_jax.models.config import DecoderConfig
 
 from minimind_log import Lesson, Outcome, moved, printer
 from minimind_options import Options, schooling_of
-from minimind_training import Apply, Record, model_function, next_token_loss, train
+from minimind_training import Apply, Record, judge_of, model_function, train
 
 
 def apply_lora(config: DecoderConfig, params: Any, options: Options) -> tuple[lora.Plan, Adapter]:
@@ -57,7 +57,8 @@ def train_adapter(lesson: Lesson, params: Any, config: DecoderConfig, options: O
             adapter_formats.write(path, from_plan(adapter, plan, keymap, params=params), "minimind")
             print(f"adapter saved to {path}")
 
-    before = next_token_loss(apply, adapter, params, lesson.judged)
+    judge = judge_of(apply, lesson.judged)
+    before = judge(adapter, params)
     adapter, records = train(
         apply,
         adapter,
@@ -67,7 +68,7 @@ def train_adapter(lesson: Lesson, params: Any, config: DecoderConfig, options: O
         schooling_of(options),
         observe,
     )
-    after = next_token_loss(apply, adapter, params, lesson.judged)
+    after = judge(adapter, params)
     print(f"LoRA has trained; {moved(before, after)}")
     if options.save_interval:
         file = adapter_formats.read(path, Given(base=base_modules(params, keymap)))

@@ -158,10 +158,10 @@ def train(
     return state.adapter, records
 
 
-def next_token_loss(apply: Apply, trained: Any, frozen: Any, batches: Sequence[Batch]) -> float:
-    """The right loss, nats a learnt token, whatever was trained; batches of `next_token`."""
-    judge = make_eval_step(loss_function(apply, over_tokens, 0.0))
-    return _mean([judge(trained, frozen, batch) for batch in batches])
+def judge_of(apply: Apply, batches: Sequence[Batch]) -> Callable[[Any, Any], float]:
+    """``judge(trained, frozen)``: the right loss, nats a token; batches of `next_token`."""
+    loss = make_eval_step(loss_function(apply, over_tokens, 0.0))
+    return lambda trained, frozen: _mean([loss(trained, frozen, batch) for batch in batches])
 
 
 def _batches(epoch: Sequence[Batch], update: Update) -> Iterator[Batch]:

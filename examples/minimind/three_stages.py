@@ -27,7 +27,7 @@ from minimind_log import Lesson, Outcome, moved, printer
 from minimind_modes import MODES, Batch, next_token
 from minimind_options import Options, model_config, schooling_of
 from minimind_rows import TokenRow, encoded, first_rows, texts_of, trained_tokenizer
-from minimind_training import fresh_params, model_function, next_token_loss, train
+from minimind_training import fresh_params, judge_of, model_function, train
 
 STAGES = ("pretrain", "sft", "lora")
 
@@ -104,13 +104,14 @@ def _train_whole(
     def apply(params: Any, _: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         return model_fn(params, inputs)
 
-    before = next_token_loss(apply, params, None, lesson.judged)
+    judge = judge_of(apply, lesson.judged)
+    before = judge(params, None)
     params, records = train(
         apply, params, None, lesson.trained, options.epochs, schooling, printer(lesson, options)
     )
     path = options.save_dir / f"minimind_{stage}_{options.dim}{'_moe' * options.use_moe}.pth"
     params = _through_file(path, config, params, schooling.mode.saved_dtype)
-    after = next_token_loss(apply, params, None, lesson.judged)
+    after = judge(params, None)
     print(f"weights saved to {path}; {moved(before, after)}")
     return params, Outcome(records, before, after)
 
