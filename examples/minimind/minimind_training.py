@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,7 @@ Observe = Callable[[Record, Any], None]
 """Called after each update with what it came to and what is trained as it is now."""
 
 
+@partial(jax.jit, static_argnames="config")
 def fresh_params(key: jax.Array, config: DecoderConfig) -> dict[str, Any]:
     """Weights as torch's linear layers start: uniform within ±1/√in, the table as the tied head."""
     tree: dict[str, Any] = {}

@@ -114,11 +114,18 @@ RECIPES = {
 
 NOTEBOOK = {}
 ACCUMULATED = {"rows": 12, "accumulation_steps": 4, "epochs": 2}
+BFLOAT16 = {"dtype": "bfloat16", "learning_rate": 2e-2}
 CASES = {
-    "notebook": (NOTEBOOK, 1e-5),
-    "accumulated": (ACCUMULATED, 1e-5),
-    "bfloat16": ({"dtype": "bfloat16", "learning_rate": 2e-2}, 5e-3),
-    "experts": ({"use_moe": True}, 1e-5),
+    "notebook": ("default", NOTEBOOK, 1e-5),
+    "faithful-notebook": ("faithful", NOTEBOOK, 1e-5),
+    "faithful-accumulated": ("faithful", ACCUMULATED, 1e-5),
+}
+MORE = {
+    "accumulated": ("default", ACCUMULATED, 1e-5),
+    "bfloat16": ("default", BFLOAT16, 5e-3),
+    "faithful-bfloat16": ("faithful", BFLOAT16, 5e-3),
+    "experts": ("default", {"use_moe": True}, 1e-5),
+    "faithful-experts": ("faithful", {"use_moe": True}, 1e-5),
 }
 
 
@@ -143,8 +150,13 @@ def theirs(start, said, tokenizer):
     return torch_training.train(start.theirs, updates, recipe, loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize(("given", "limit"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "given", "limit"),
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MORE.items()),
+    ],
+)
 def test_every_loss_is_torchs(mode, given, limit, tmp_path):
     said = options(mode=mode, **given)
     tokenizer, lessons = three_stages.lessons_of(said)
