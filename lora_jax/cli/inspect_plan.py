@@ -50,6 +50,7 @@ def run(options: Options) -> int:
 def _planned(options: Options, console: "Console") -> tuple[Any, "lora.Plan"]:
     """The parameters, or their shapes, and the plan."""
     from lora_jax.cli.base import load_base
+    from lora_jax.errors import InputError
     from lora_jax.files import read_json
 
     model, path = options.model, Path(options.model.model)
@@ -62,7 +63,10 @@ def _planned(options: Options, console: "Console") -> tuple[Any, "lora.Plan"]:
     said = read_json(path)
     if all(isinstance(value, list) for value in said.values()):
         return _by_shapes(path, said, options.lora)
-    config = from_attributes(said)
+    try:
+        config = from_attributes(said)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     params = param_shapes(config)
     return params, _traced(config, params, options.lora)
 

@@ -1,4 +1,4 @@
-"""Presets of ``lora-jax train``, and the counts of the tutorials as ``inspect plan`` prints them."""
+"""Presets of ``lora-jax train``, and the tutorials' counts as ``inspect plan`` prints them."""
 
 import dataclasses
 import json
