@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
@@ -77,6 +78,7 @@ def _uniform(key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(path_key(key, path), shape, jnp.float32, -1, 1) * fan_in**-0.5
 
 
+@lru_cache(maxsize=4)
 def model_function(config: DecoderConfig) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
     """``model_fn(params, inputs)``: logits (rows, time, vocab), and the balance of experts ()."""
     decoder = Decoder(config)
@@ -137,13 +139,7 @@ def train(
     if not updates:
         raise InputError(f"{accumulate=} and {len(epoch) * epochs} batches make no update")
     rates = mode.rates(schooling.learning_rate, len(epoch) * epochs, updates)
-    by_count = jnp.asarray(rates, jnp.float32)
-    tx = adamw(lambda count: by_count[count], clip_norm=schooling.grad_clip)
-    whole, cross = (
-        loss_function(apply, mode.reduce, alpha) for alpha in (schooling.aux_loss_alpha, 0.0)
-    )
-    step = jax.jit(make_step(whole, tx, accumulate=True))
-    logits_loss = make_eval_step(cross)
+    tx, step, logits_loss = _compiled(apply, schooling, tuple(rates.tolist()))
     state, records = init_state(trained, tx), []
     for update, rate in zip(updates, rates, strict=True):
         started = time.perf_counter()
@@ -160,10 +156,29 @@ def train(
     return state.adapter, records
 
 
+@lru_cache(maxsize=4)  # stages that train alike are compiled once
+def _compiled(
+    apply: Apply, schooling: Schooling, rates: tuple[float, ...]
+) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., LossSum]]:
+    """The optimizer, the update, and the cross-entropy alone."""
+    by_count = jnp.asarray(rates, jnp.float32)
+    tx = adamw(lambda count: by_count[count], clip_norm=schooling.grad_clip)
+    whole, cross = (
+        loss_function(apply, schooling.mode.reduce, alpha)
+        for alpha in (schooling.aux_loss_alpha, 0.0)
+    )
+    return tx, jax.jit(make_step(whole, tx, accumulate=True)), make_eval_step(cross)
+
+
 def judge_of(apply: Apply, batches: Sequence[Batch]) -> Callable[[Any, Any], float]:
     """``judge(trained, frozen)``: the right loss, nats a token; batches of `next_token`."""
-    loss = make_eval_step(loss_function(apply, over_tokens, 0.0))
+    loss = _right_loss(apply)
     return lambda trained, frozen: _mean([loss(trained, frozen, batch) for batch in batches])
+
+
+@lru_cache(maxsize=4)
+def _right_loss(apply: Apply) -> Callable[..., LossSum]:
+    return make_eval_step(loss_function(apply, over_tokens, 0.0))
 
 
 def _batches(epoch: Sequence[Batch], update: Update) -> Iterator[Batch]:

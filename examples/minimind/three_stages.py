@@ -5,7 +5,7 @@ python examples/minimind/three_stages.py --config examples/minimind/minimind.yam
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from minimind_log import Lesson, Outcome, moved, printer
 from minimind_modes import MODES, Batch, next_token
 from minimind_options import Options, model_config, schooling_of
 from minimind_rows import TokenRow, encoded, first_rows, texts_of, trained_tokenizer
-from minimind_training import fresh_params, judge_of, model_function, train
+from minimind_training import Apply, fresh_params, judge_of, model_function, train
 
 STAGES = ("pretrain", "sft", "lora")
 
@@ -99,11 +99,7 @@ def _train_whole(
     stage: str, lesson: Lesson, params: Any, config: DecoderConfig, options: Options
 ) -> tuple[Any, Outcome]:
     """Train all weights, and hand them on through a file, as the notebooks do."""
-    model_fn, schooling = model_function(config), schooling_of(options)
-
-    def apply(params: Any, _: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        return model_fn(params, inputs)
-
+    apply, schooling = _whole_model(config), schooling_of(options)
     judge = judge_of(apply, lesson.judged)
     before = judge(params, None)
     params, records = train(
@@ -114,6 +110,12 @@ def _train_whole(
     after = judge(params, None)
     print(f"weights saved to {path}; {moved(before, after)}")
     return params, Outcome(records, before, after)
+
+
+@cache
+def _whole_model(config: DecoderConfig) -> Apply:
+    model_fn = model_function(config)
+    return lambda params, _, inputs: model_fn(params, inputs)
 
 
 def _through_file(path: Path, config: DecoderConfig, params: Any, dtype: str) -> Any:
