@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,25 +13,30 @@ Options = TypeVar("Options")
 
 CONFIG = "config"
 """The field, where a command has it, that names a YAML file."""
+PRESET = "preset"
+"""The field, where a command has it, that names rows of `lora_jax.cli.recipes`."""
 
 
 def parse(kind: type[Options], words: Sequence[str], program: str, about: str | None) -> Options:
-    """Fill the dataclass ``kind`` from flags and, where it has ``config``, from a YAML file.
+    """Fill the dataclass ``kind`` from flags and, where it has them, from presets and a YAML file.
 
-    The file's values come first, so flags win. Unknown flags end the program with status 2.
+    Presets come first and the file's values next, so flags win. Unknown flags end the program
+    with status 2.
 
     Raises:
-      InputError: the YAML file can't be read or has an unknown key.
+      InputError: the YAML file can't be read or has an unknown key, or there is no such preset.
     """
     import tyro
 
     fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
     from_file = _file_flags(kind, words) if CONFIG in fields else []
+    has_presets = PRESET in fields
+    from_presets = _preset_flags(kind, [*from_file, *words]) if has_presets else []
     return tyro.cli(
         kind,
-        args=[*from_file, *words],
+        args=[*from_presets, *from_file, *words],
         prog=program,
-        description=(about or "").strip(),
+        description=(about or "").strip() + (_about_presets() if has_presets else ""),
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -40,7 +46,8 @@ def as_yaml(options: Any) -> str:
     import yaml
 
     values = dataclasses.asdict(options)
-    values.pop(CONFIG, None)
+    for name in (CONFIG, PRESET):  # what they say is in the other values
+        values.pop(name, None)
     return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
 
 
@@ -99,6 +106,33 @@ def _file_flags(kind: type, words: Sequence[str]) -> list[str]:
         raise InputError(f"config file {path}: unknown key {hints}")
     words_by_key = [_words(flags[key], value) for key, value in given.items() if value is not None]
     return [word for words in words_by_key for word in words]
+
+
+def _preset_flags(kind: type, words: Sequence[str]) -> list[str]:
+    """What the presets say, as far as the command has options for it."""
+    from lora_jax.cli.recipes import options_of
+
+    flags = dict(_flags(kind))
+    known = _leaves(options_of(_values_of(f"--{PRESET}", words)))
+    found = [_words(flags[key], value) for key, value in known if key in flags]
+    return [word for words in found for word in words]
+
+
+def _about_presets() -> str:
+    from lora_jax.cli.recipes import described
+
+    return f"\n\nPresets, whose alpha goes with their own rank:\n\n{described()}"
+
+
+def _values_of(flag: str, words: Sequence[str]) -> list[str]:
+    """The words after the last ``flag``, up to the next flag; or what follows its ``=``."""
+    given = [at for at, word in enumerate(words) if word.partition("=")[0] == flag]
+    if not given:
+        return []
+    last = given[-1]
+    joined = [word for word in [words[last].partition("=")[2]] if word]
+    rest = takewhile(lambda word: not word.startswith("-"), words[last + 1 :])
+    return [*joined, *rest]
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:

@@ -22,6 +22,9 @@ class Options:
     """New directory for the run: adapter, checkpoints, config, metrics, loss curve, answers."""
     config: Path | None = None
     """YAML file with any of these options by group; flags win over it."""
+    preset: tuple[str, ...] = ()
+    """Recipes to start from, listed above, a later one before an earlier; the config file and flags
+    win over them."""
     prompts: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first of the held-out rows."""
     max_new_tokens: int = 40
