@@ -114,6 +114,7 @@ RECIPES = {
 
 NOTEBOOK = {}
 ACCUMULATED = {"rows": 12, "accumulation_steps": 4, "epochs": 2}
+WHOLE = {"dim": 512, "vocab_size": 6400, "max_seq_len": 512}
 BFLOAT16 = {"dtype": "bfloat16", "learning_rate": 2e-2}
 CASES = {
     "notebook": ("default", NOTEBOOK, 1e-5),
@@ -126,6 +127,8 @@ MORE = {
     "faithful-bfloat16": ("faithful", BFLOAT16, 5e-3),
     "experts": ("default", {"use_moe": True}, 1e-5),
     "faithful-experts": ("faithful", {"use_moe": True}, 1e-5),
+    "whole size": ("default", WHOLE, 1e-5),
+    "faithful, whole size": ("faithful", WHOLE, 1e-5),
 }
 
 
