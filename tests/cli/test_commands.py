@@ -139,6 +139,7 @@ def test_inspect_plan_lists_adapted_and_frozen_leaves(capsys):
     assert "frozen: embed_tokens/embedding" in out
 
 
+@pytest.mark.slow
 def test_bench_flops_is_within_two_percent_of_the_theory():
     from lora_jax.cli.bench_flops import Options
     from lora_jax.cli.flops import step_flops
@@ -215,6 +216,7 @@ def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
     assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
+@pytest.mark.slow
 def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
@@ -235,6 +237,7 @@ def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     assert "1 rows left out, 0 cut, 0 split at 64 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plain_text_in_buckets_trains_without_a_question(tmp_path, capsys):
     data = tmp_path / "text.jsonl"
     texts = ["Plain text.", "A longer line of plain text that needs a longer sequence.", "Short."]

@@ -95,6 +95,7 @@ def test_tracing_a_scan_takes_as_many_python_calls_at_any_depth():
     assert calls(deep) == pytest.approx(calls(shallow), rel=0.001)
 
 
+@pytest.mark.slow
 def test_tracing_32_unrolled_layers_takes_at_most_1_6_times_as_long_as_by_hand():
     ratios = (trace_times(32, rounds=3).ratio for _ in range(2))
     assert any(ratio <= TRACING_TIME for ratio in ratios), "twice above: not a busy machine"
