@@ -200,6 +200,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_says_how_to_go_on(tmp_path,
     assert (kept / "adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs", "9"]
@@ -228,6 +229,7 @@ def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
     assert config["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     rows = [("Hi", "Hello"), ("Hi", "word " * 60)]
     data, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "run"
@@ -251,6 +253,7 @@ def test_plain_text_in_buckets_trains_without_a_question(tmp_path, capsys):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"
@@ -269,6 +272,7 @@ def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
     assert "Who are you?" in {sample["prompt"] for sample in samples}
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_run_and_learn_the_same(tmp_path):
     data = write_rows(tmp_path / "a.jsonl", [(f"What is {i}?", f"It is {i}.") for i in range(8)])
     fixed = ["train", "--model", "tiny", "--data", str(data), "--batch-size", "1", "--epochs", "2"]

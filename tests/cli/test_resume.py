@@ -174,6 +174,7 @@ def test_the_adapter_of_a_checkpoint_is_a_peft_directory(whole):
     assert len(tensors) == 2 * 2 * 7
 
 
+@pytest.mark.slow
 def test_the_best_is_chosen_among_the_checkpoints_that_there_are(tmp_path, capsys):
     """--keep-best that comes with --resume finds no checkpoint of an earlier, lower loss."""
     out = tmp_path / "run"
