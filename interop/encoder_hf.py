@@ -11,7 +11,7 @@ import numpy as np
 
 from interop.encoder_hf_config import encoder_family, read_config, to_attributes
 from interop.encoder_keymaps import BARE, encoder_keymap, encoder_shapes
-from interop.keymaps import Keymap, flatten, from_torch, to_torch
+from interop.keymaps import Keymap, from_torch, require_shapes, to_torch
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError, raise_listed
 from lora_jax.files import atomic_directory, write_text
@@ -133,13 +133,5 @@ def _new_name(name: str) -> str:
 
 def _tensors(config: EncoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters under their torch names, once they are known to fit the config."""
-    expected = encoder_shapes(config)
-    shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()}
-    wrong = [
-        f"{path} is {shapes.get(path, 'missing')}, expected {expected.get(path, 'none')}"
-        for path in sorted({*expected, *shapes})
-        if expected.get(path) != shapes.get(path)
-    ]
-    if wrong:
-        raise InputError(f"the parameters don't fit the config: {'; '.join(wrong)}")
+    require_shapes(params, encoder_shapes(config))
     return to_torch(params, encoder_keymap(config))

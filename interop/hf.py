@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from interop.families import family_of, file_keymap, keymap_of
 from interop.halves import in_halves
 from interop.hf_config import read_config, to_attributes
-from interop.keymaps import Keymap, flatten, from_torch, to_torch
+from interop.keymaps import Keymap, from_torch, require_shapes, to_torch
 from interop.tokenizer import ChatTokenizer, token_ids, with_pad, write_tokenizer
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError
@@ -182,15 +182,7 @@ def _tensors(
     config: DecoderConfig, params: Mapping[str, Any], table: Keymap
 ) -> dict[str, np.ndarray]:
     """The parameters under their torch names, once they are known to fit the config."""
-    expected = leaf_shapes(config)
-    shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()}
-    wrong = [
-        f"{path} is {shapes.get(path, 'missing')}, expected {expected.get(path, 'none')}"
-        for path in sorted({*expected, *shapes})
-        if expected.get(path) != shapes.get(path)
-    ]
-    if wrong:
-        raise InputError(f"the parameters don't fit the config: {'; '.join(wrong)}")
+    require_shapes(params, leaf_shapes(config))
     return to_torch(params, table)
 
 

@@ -189,6 +189,18 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def require_shapes(params: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
+    """Raise one InputError naming every leaf that is missing, unexpected or of another shape."""
+    shapes = {path: np.shape(leaf) for path, leaf in flatten(params).items()}
+    wrong = [
+        f"{path} is {shapes.get(path, 'missing')}, expected {expected.get(path, 'none')}"
+        for path in sorted({*expected, *shapes})
+        if expected.get(path) != shapes.get(path)
+    ]
+    if wrong:
+        raise InputError(f"the parameters don't fit the config: {'; '.join(wrong)}")
+
+
 def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
     """The tensors of ``params`` under ``table``'s names, one per layer, linear weights (out, in).
 

@@ -20,7 +20,7 @@ Source: the format and the matching of https://github.com/huggingface/peft, rele
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from interop.peft_matching import PeftConfig
 from interop.peft_modules import Base
 from interop.peft_notes import About, notes_of
 from interop.peft_plans import plan_problems, serving_problems
-from interop.peft_reading import sites_and_entries
+from interop.peft_reading import raise_all, sites_and_entries
 from interop.peft_serving import folded
 from interop.peft_sites import claims_of
 from interop.peft_writing import tensors_of, value_problems
@@ -113,7 +113,7 @@ def write(
     problems = [*plan_problems(plan, model), *value_problems(adapter, plan, model)]
     if for_serving and not problems:
         problems = [*serving_problems(plan, model)]
-    _raise_all("this adapter can't be written for PEFT", problems)
+    raise_all("this adapter can't be written for PEFT", problems)
     adapter, plan, notes = folded(adapter, plan) if for_serving else (adapter, plan, ())
     task_type = task_type or ("CAUSAL_LM" if _has_head(keymap) else None)
     config = config_of(plan, model, base_model_name, revision, task_type)
@@ -131,7 +131,7 @@ def require_writable(plan: Plan, *, keymap: Keymap, params: Any = None) -> None:
     It needs no adapter: ask before training rather than after. Arguments are those of `write`.
     """
     problems = plan_problems(plan, _base(keymap, params, plan))
-    _raise_all("this plan can't be written for PEFT", problems)
+    raise_all("this plan can't be written for PEFT", problems)
 
 
 def read(
@@ -228,8 +228,3 @@ def _read_tensors(directory: Path) -> torch_io.Tensors:
     pickled = directory / PICKLED_WEIGHTS
     use_pickle = pickled.is_file() and not (directory / WEIGHTS).is_file()
     return torch_io.read(pickled if use_pickle else directory / WEIGHTS)
-
-
-def _raise_all(subject: str, problems: Iterable[str]) -> None:
-    if problems := list(problems):
-        raise InputError(f"{subject}: " + "; ".join(problems))

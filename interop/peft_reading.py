@@ -44,9 +44,9 @@ def sites_and_entries(
     tensor_problems = [*_tensor_problems(tensors, {place.name: place.shape for place in found})]
     if not tensor_problems:
         tensor_problems += _base_problems(tensors, of_base, base)
-    _raise_all(f"{source} does not fit the model", [*problems, *tensor_problems])
+    raise_all(f"{source} does not fit the model", [*problems, *tensor_problems])
     arrays = {site.path: _arrays(site, wanted[site.path], tensors) for site in sites}
-    _raise_all(f"{source} does not fit the model", _copy_problems(tensors, wanted, arrays))
+    raise_all(f"{source} does not fit the model", _copy_problems(tensors, wanted, arrays))
     if rebased:
         sites, arrays = against_the_original(config, sites, arrays, base)
     return sites, {site.path: _entry(site, arrays[site.path]) for site in sites}
@@ -181,6 +181,7 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
         return np.asarray(tensor, np.float32)
 
 
-def _raise_all(subject: str, problems: Iterable[str]) -> None:
+def raise_all(subject: str, problems: Iterable[str]) -> None:
+    """Raise one InputError with every problem, unless there are none."""
     if problems := list(problems):
         raise InputError(f"{subject}: " + "; ".join(problems))

@@ -23,23 +23,13 @@ _PEFT, _GGUF = "peft", "gguf"
 
 def import_adapter(options: ImportOptions) -> int:
     """Run `lora-jax import`."""
-    from interop import peft
-
     console = open_console()
     _require_source(options.source)
     merged = _enabled_parts(options.merged_linear)
     base = load_adapter_base(model_of(options.source, options.model))
     given = given_of(base, alpha=options.alpha, rotary=options.rotary, enable_lora=merged)
     adapter, plan, notes = read_for(base, options.source, given, options.format)
-    peft.write(
-        options.out,
-        adapter,
-        plan,
-        keymap=base.keymap,
-        params=base.params,
-        base_model_name=base.name,
-        base=base.about,
-    )
+    _write_peft(options.out, base, adapter, plan)
     _report(console, notes, plan, f"written to {options.out} (PEFT), for {base.name}")
     return 0
 
@@ -59,26 +49,35 @@ def export_adapter(options: ExportOptions) -> int:
 
 def _write(options: ExportOptions, base: AdapterBase, adapter: Any, plan: Any) -> tuple[str, ...]:
     """Write in the format that is asked for; what was folded to fit."""
-    from interop import adapter_formats, gguf_adapter_writing, peft
+    from interop import adapter_formats, gguf_adapter_writing
     from interop.adapter_plan import from_plan
 
     if options.format == _PEFT:
-        return peft.write(
-            options.out,
-            adapter,
-            plan,
-            keymap=base.keymap,
-            params=base.params,
-            base_model_name=base.name,
-            base=base.about,
-            for_serving=options.for_serving,
-        )
+        return _write_peft(options.out, base, adapter, plan, for_serving=options.for_serving)
     file = from_plan(adapter, plan, base.file_keymap, params=base.params)
     if options.format == _GGUF and options.dtype != "bfloat16":
         dtype = options.dtype or "float32"
         return gguf_adapter_writing.write(options.out, file, base.config, dtype=dtype)
     given = given_of(base, rotary=options.rotary, dtype=options.dtype)
     return adapter_formats.write(options.out, file, options.format, given)
+
+
+def _write_peft(
+    out: Path, base: AdapterBase, adapter: Any, plan: Any, *, for_serving: bool = False
+) -> tuple[str, ...]:
+    """A PEFT directory that remembers its base; what was folded for serving."""
+    from interop import peft
+
+    return peft.write(
+        out,
+        adapter,
+        plan,
+        keymap=base.keymap,
+        params=base.params,
+        base_model_name=base.name,
+        base=base.about,
+        for_serving=for_serving,
+    )
 
 
 def _require_source(source: Path) -> None:
