@@ -24,9 +24,8 @@ from lora_jax.errors import InputError
 Kind = Literal["linear", "embedding", "conv", "experts"]
 
 _FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
-_NAMED_AT_MOST = 8
-# Names come from strangers, and may be of any length.
-_NAME_LETTERS, _PROBLEM_LETTERS = 200, 2000
+# Names come from strangers, and may be of any number and length.
+_NAMED_AT_MOST, _LETTERS_AT_MOST = 8, 2000
 
 
 class ModuleAdapter(NamedTuple):
@@ -105,28 +104,13 @@ def raise_all(subject: str, problems: Iterable[str]) -> None:
     if found := list(problems):
         more = len(found) - _NAMED_AT_MOST
         rest = [f"and {more} more"] if more > 0 else []
-        first = (_cut(problem, _PROBLEM_LETTERS) for problem in found[:_NAMED_AT_MOST])
+        first = (problem[:_LETTERS_AT_MOST] for problem in found[:_NAMED_AT_MOST])
         raise InputError(f"{subject}: {'; '.join([*first, *rest])}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many there are beyond them.
-
-    >>> listed("abcdefghij")
-    'a, b, c, d, e, f, g, h and 2 more'
-    """
-    found = [*names]
-    more = f" and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
-    return ", ".join(_cut(name, _NAME_LETTERS) for name in found[:_NAMED_AT_MOST]) + more
 
 
 def is_floating(array: np.ndarray) -> bool:
     """Whether the array can hold factors: not of integers, booleans or eight bits."""
     return array.dtype in _FLOATS
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f"{text[:letters]}..."
 
 
 def _problems(file: FileAdapter) -> Iterator[str]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from interop.adapter_file import ModuleAdapter, listed
+from interop.adapter_file import ModuleAdapter
+from lora_jax.errors import listed
 
 Modules = Mapping[str, ModuleAdapter]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from interop import torch_io
-from interop.adapter_file import FileAdapter, ModuleAdapter, is_floating, listed, raise_all
-from lora_jax.errors import InputError
+from interop.adapter_file import FileAdapter, ModuleAdapter, is_floating, raise_all
+from lora_jax.errors import InputError, listed
 from lora_jax.files import write_text
 from lora_jax.manifest import new_or_replaced, read_small_json
 
@@ -51,6 +51,8 @@ class Given(NamedTuple):
     rotary: Literal["neighbours", "halves"] | None = None
     """Which coordinates torchtune's model turns together; by default what its model of the base's
     family does. MiniMind's generations are told by the names in their files."""
+    any_order: bool = False
+    """Rows of q and k may be in whatever order they are: norms and spectra don't depend on it."""
     enable_lora: Mapping[str, tuple[bool, ...]] = {}
     """Of loralib's MergedLinear, by the end of the module's name."""
     dtype: str | None = None
@@ -89,6 +91,8 @@ class Format(NamedTuple):
     write: Callable[[Path, FileAdapter, Given], tuple[str, ...]] | None = None
     """Returns what was folded or converted, a sentence each."""
     holds: Holds = Holds()
+    asks: tuple[str, ...] = ()
+    """Of `Given`, what a person has to say or may say of such a file."""
 
 
 def open_content(path: Path) -> Content:
@@ -179,8 +183,8 @@ def alpha_of(given: Given, content: Content, format: str) -> float:
     """
     if (alpha := checked_alpha(given)) is None:
         raise InputError(
-            f"{content.path}: {format} files don't hold alpha: give alpha=..., the lora_alpha of "
-            "training (for a scale of 1 the rank)"
+            f"{content.path}: {format} files don't hold alpha: give it (--alpha), the "
+            "lora_alpha of training (for a scale of 1 the rank)"
         )
     return alpha
 

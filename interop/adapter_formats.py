@@ -5,6 +5,7 @@ loralib, lora_layer, minimind, kohya, diffusers, mlx, torchtune
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from interop import lora_diffusers, lora_kohya, lora_minimind, lora_mlx, lora_pth, lora_torchtune
@@ -20,6 +21,8 @@ FORMATS: dict[str, Format] = {
     **lora_mlx.FORMATS,
     **lora_torchtune.FORMATS,
 }
+# What a person may say of a file; the rest of `Given` is the base's.
+_TOLD = ("alpha", "rotary", "enable_lora")
 
 
 def read(
@@ -81,6 +84,26 @@ def format_of(content: Content, format: str | None = None) -> str:
             f"{examples[:200]})"
         )
     return found[0]
+
+
+def require_asked(given: Given, formats: Collection[str]) -> None:
+    """Raise an InputError if a person says something that none of the formats leaves open.
+
+    >>> require_asked(Given(alpha=16.0), ["loralib", "peft"])
+    >>> require_asked(Given(alpha=16.0), ["peft"])
+    Traceback (most recent call last):
+    ...
+    lora_jax.errors.InputError: alpha=16.0 says nothing of peft: it goes with loralib, lora_layer, ...
+    """
+    nothing = Given()
+    for field in _TOLD:
+        told = getattr(given, field)
+        asking = [name for name, known in FORMATS.items() if field in known.asks]
+        if told != getattr(nothing, field) and not {*asking} & {*formats}:
+            raise InputError(
+                f"{field}={told!r} says nothing of {' or '.join(formats)}: it goes with "
+                f"{', '.join(asking)}"
+            )
 
 
 def _require_known(format: str) -> None:

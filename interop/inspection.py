@@ -73,6 +73,7 @@ def inspect(
     Raises:
       InputError: there is none, or none that is whole.
     """
+    given = (given or Given())._replace(any_order=True)
     file, config, base = open_adapter(path, given, format=format)
     spectra = singular_values(file.modules)
     modules = tuple(_report(name, m, spectra[name]) for name, m in file.modules.items())

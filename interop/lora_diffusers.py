@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from interop import peft_config
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import alpha, with_scales
 from interop.adapter_format import (
     Content,
@@ -39,7 +39,7 @@ from interop.adapter_format import (
     without_repeats,
 )
 from interop.peft_matching import PeftConfig, Setting, adapted_modules
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, listed
 
 METADATA = "lora_adapter_metadata"
 COMPONENTS = re.compile(r"(unet|transformer(_2)?|text_encoder(_[23])?)\.")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import alpha, common_alpha
 from interop.adapter_format import (
     Content,
@@ -33,7 +33,7 @@ from interop.adapter_format import (
     unheld,
     without_repeats,
 )
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, listed
 
 # What a name begins with, and the components of a pipeline that it may mean; "" is none.
 _COMPONENTS = {

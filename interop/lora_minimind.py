@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import with_one_rank, with_scales
 from interop.adapter_format import (
     Content,
@@ -22,6 +22,7 @@ from interop.adapter_format import (
 )
 from interop.halves import to_halves
 from interop.lora_pth import LAYOUTS, has, named, unwrapped
+from lora_jax.errors import listed
 
 # MiniMind's modules until April 2025, by what Llama's are called in Hugging Face.
 _FIRST_MINIMIND = {

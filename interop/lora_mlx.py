@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import common_scale, with_one_rank, with_scales
 from interop.adapter_format import (
     Content,
@@ -43,6 +43,7 @@ from interop.adapter_format import (
     unheld,
     without_repeats,
 )
+from lora_jax.errors import listed
 from lora_jax.manifest import to_json
 
 _FIELDS = {".lora_a": "a", ".lora_b": "b", ".m": "m"}

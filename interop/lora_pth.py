@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import common_alpha, with_scales
 from interop.adapter_format import (
     Content,
@@ -39,7 +39,7 @@ from interop.adapter_format import (
     unheld,
 )
 from interop.loralib_forms import Factors, from_conv, from_merged, to_conv, to_merged
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, listed
 
 
 class Layout(NamedTuple):
@@ -247,11 +247,13 @@ FORMATS = {
         read_loralib,
         write_loralib,
         Holds(frozenset(("linear", "embedding", "conv")), whole=True),
+        asks=("alpha", "enable_lora"),
     ),
     "lora_layer": Format(
         "LoRALayer parameters, input axis first: A and B alone, alpha is told",
         has(".lora.lora_A"),
         read_lora_layer,
         write_lora_layer,
+        asks=("alpha",),
     ),
 }

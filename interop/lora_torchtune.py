@@ -11,7 +11,7 @@ torchtune                  Hugging Face                 shape
 ``output``                 ``lm_head``
 =========================  ===========================  ================================
 
-Its models of Qwen's families rotate halves as Hugging Face's do, so their rows stay in place.
+Its models of Qwen's and Phi's families rotate halves as Hugging Face's do, so their rows stay in place.
 
 Source: torchtune/models/convert_weights.py of https://github.com/pytorch/torchtune
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interop.adapter_file import FileAdapter, ModuleAdapter, checked, listed, raise_all
+from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
 from interop.adapter_folding import common_alpha, with_one_rank, with_scales
 from interop.adapter_format import (
     Content,
@@ -40,6 +40,7 @@ from interop.adapter_format import (
 )
 from interop.halves import to_halves, to_neighbours
 from interop.lora_pth import has
+from lora_jax.errors import listed
 
 _NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -128,13 +129,13 @@ def _turning_problems(
     names: Mapping[str, str | None], found: Mapping[str, Mapping[str, np.ndarray]], given: Given
 ) -> list[str]:
     turned = [name for name, new in names.items() if new and new.endswith(_TURNED)]
-    if _rotary(given) == "halves" or not turned:
+    if _rotary(given) == "halves" or not turned or given.any_order:
         return []
     if given.head_dim is None:
         return [
             f"rows of {listed(map(repr, turned))} are in the order of neighbours: give head_dim, "
-            "or rotary='halves' for a model of torchtune's that rotates as Hugging Face's "
-            "(Qwen2's and Qwen3's)"
+            "or rotary='halves' (--rotary) for a model of torchtune's that rotates as Hugging "
+            "Face's (Qwen's and Phi's)"
         ]
     return head_problems({name: found[name]["b"] for name in turned}, given.head_dim)
 
@@ -142,7 +143,7 @@ def _turning_problems(
 def _rotary(given: Given) -> str:
     """What is given, else what torchtune's model of the base's family rotates."""
     family = given.config.family if given.config else ""
-    return given.rotary or ("halves" if family.startswith("qwen") else "neighbours")
+    return given.rotary or ("halves" if family.startswith(("qwen", "phi")) else "neighbours")
 
 
 def _turned(
@@ -164,6 +165,8 @@ def _notes(modules: Mapping[str, ModuleAdapter], given: Given) -> tuple[str, ...
     turned = {name: m for name, m in modules.items() if name.endswith(_TURNED)}
     if not turned:
         return ()
+    if given.any_order and not given.head_dim:
+        return ("rows of q and k are in the order of torchtune's model",)
     rotary = _rotary(given)
     reason = "as given" if given.rotary else _reason(given)
     order = f"torchtune's model is taken to rotate {rotary} of q and k, {reason}"
@@ -182,5 +185,6 @@ FORMATS = {
         read_torchtune,
         write_torchtune,
         Holds(dora=True),
+        asks=("alpha", "rotary"),
     ),
 }

@@ -65,7 +65,9 @@ def read(directory: str | os.PathLike) -> PeftFile:
     base = checked_base(directory, (CONFIG, weights)) if listed_files else {}
     raw = read_small_json(directory / CONFIG)
     config, problems = _config(directory / CONFIG, raw)
-    fields, whole = _by_module(torch_io.read(directory / weights))
+    tensors = torch_io.read(directory / weights)
+    raise_listed(f"{directory}: tensors that stand under two names", _repeated(tensors))
+    fields, whole = _by_module(tensors)
     raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
     settings = _settings(config, pairs)
@@ -117,12 +119,29 @@ def _by_module(
     fields: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     whole = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix(_PREFIX)
-        if match := _END.fullmatch(_DEFAULT.sub("", name)):
-            fields[match[1]][_FIELDS[match[2]]] = tensor
+        owner, field = _meant(name)
+        if field:
+            fields[owner][field] = tensor
         else:
-            whole[name.replace(f"{_WRAPPED}.", ".")] = tensor
+            whole[owner] = tensor
     return fields, whole
+
+
+def _meant(name: str) -> tuple[str, str]:
+    """The module and the field of it that a name stands for; or the parameter, and no field."""
+    name = name.removeprefix(_PREFIX)
+    if match := _END.fullmatch(_DEFAULT.sub("", name)):
+        return match[1], _FIELDS[match[2]]
+    return name.replace(f"{_WRAPPED}.", "."), ""
+
+
+def _repeated(names: Iterable[str]) -> Iterator[str]:
+    """Names that mean what another one does, as with and without the adapter's own name."""
+    first: dict[tuple[str, str], str] = {}
+    for name in names:
+        known = first.setdefault(_meant(name), name)
+        if known != name:
+            yield f"{known} and {name}"
 
 
 def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

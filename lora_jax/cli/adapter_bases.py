@@ -81,13 +81,16 @@ def read_for(
       InputError: it can't be read, doesn't fit the base, or was trained on another one.
     """
     from interop import peft
+    from interop.adapter_formats import require_asked
     from interop.adapter_plan import to_plan
     from interop.any_adapter import open_adapter, peft_directory
 
     directory = peft_directory(source)
     if directory is None or format not in (None, "peft"):
         file = open_adapter(source, given, format=format).adapter
+        require_asked(given, [file.format])
         return *to_plan(file, base.params, base.file_keymap), file.notes
+    require_asked(given, ["peft"])
     trained_on = peft.base_of(directory).get("digest")
     if trained_on not in (None, base.digest):
         raise InputError(

@@ -100,6 +100,9 @@ def _require_format(options: ExportOptions) -> None:
         f"--for-serving goes with --format peft, not with {options.format}": (
             options.for_serving and options.format != _PEFT
         ),
+        f"--rotary goes with --format torchtune, not with {options.format}": (
+            options.rotary is not None and options.format != "torchtune"
+        ),
         "--dtype is float32 in PEFT directories": (
             options.format == _PEFT and options.dtype not in (None, "float32")
         ),

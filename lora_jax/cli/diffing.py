@@ -22,12 +22,15 @@ _SHOWN_AT_MOST = 20
 def show(options: Options) -> int:
     """Run `lora-jax diff`."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Threads cost more than thin factors do.
+    from interop.adapter_formats import require_asked
     from interop.any_adapter import open_adapter
     from interop.comparison import compare
 
     given = _given(options)
     files = [open_adapter(path, given).adapter for path in (options.first, options.second)]
-    _require_same_rows(options, [file.format for file in files])
+    formats = [file.format for file in files]
+    require_asked(given, formats)
+    _require_same_rows(options, formats)
     found = compare(*files)
     beyond = found.beyond(options.tolerance)
     verdict = _verdict(found, beyond, options.tolerance)

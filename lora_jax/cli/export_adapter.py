@@ -38,7 +38,7 @@ class Options:
     """lora_alpha of training, for sources that hold A and B alone."""
     rotary: Literal["halves", "neighbours"] | None = None
     """Which coordinates of q and k torchtune's model turns together; by default halves for Qwen's
-    families and neighbours for others. A note says which."""
+    and Phi's families and neighbours for others. A note says which."""
 
 
 def run(options: Options) -> int:

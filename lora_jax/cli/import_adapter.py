@@ -29,7 +29,7 @@ class Options:
     """lora_alpha of training, for files that hold A and B alone."""
     rotary: Literal["halves", "neighbours"] | None = None
     """Which coordinates of q and k torchtune's model turns together; by default halves for Qwen's
-    families and neighbours for others. A note says which."""
+    and Phi's families and neighbours for others. A note says which."""
     merged_linear: tuple[str, ...] = ()
     """loralib's MergedLinear: module=enabled parts, such as c_attn=101."""
 

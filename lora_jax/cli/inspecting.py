@@ -30,9 +30,12 @@ def show(options: Options) -> int:
     """Run `lora-jax inspect`."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Threads cost more than thin factors do.
     from interop.adapter_format import Given
+    from interop.adapter_formats import require_asked
     from interop.inspection import inspect
 
-    found = inspect(options.adapter, Given(alpha=options.alpha), format=options.format)
+    given = Given(alpha=options.alpha)
+    found = inspect(options.adapter, given, format=options.format)
+    require_asked(given, [found.format])
     if options.form == "json":
         print(as_json(found))
         return 0

@@ -109,7 +109,7 @@ def test_every_format_that_can_be_written_is_tried():
 def test_an_import_computes_what_the_file_holds(base, plain, tmp_path):
     """The weights with the update, formed by hand from the file."""
     file = tmp_path / "a.pth"
-    assert run("export", plain, file, "--format", "loralib", "--alpha", 6) == 0
+    assert run("export", plain, file, "--format", "loralib") == 0
     assert run("import", file, tmp_path / "back", "--model", "tiny", "--alpha", 12) == 0
     adapter, plan = peft.read(tmp_path / "back", base.params, keymap=base.keymap)
     merged = lora.merge(base.params, adapter, plan)["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -155,6 +155,17 @@ FAULTS = {
     "a path": (("inspect", "{here}/none"), "no such file or directory"),
     "a directory": (("inspect", "{here}"), "holds none of"),
     "its alpha": (("inspect", "{file}"), "don't hold alpha"),
+    "rotary of peft": (("export", "{plain}", "{here}/out", "--rotary", "halves"),
+                       "--rotary goes with --format torchtune, not with peft"),
+    "rotary of loralib": (("import", "{file}", "{here}/out", "--model", "tiny", "--alpha", "4",
+                           "--rotary", "halves"), "rotary='halves' says nothing of loralib"),
+    "parts of gguf": (("import", "{gguf}", "{here}/out", "--model", "tiny", "--merged-linear",
+                       "c_attn=101"), "says nothing of gguf: it goes with loralib"),
+    "alpha of peft": (("export", "{plain}", "{here}/out", "--alpha", "4"),
+                      "alpha=4.0 says nothing of peft"),
+    "alpha to look at": (("inspect", "{plain}", "--alpha", "4"), "says nothing of peft"),
+    "alpha to compare": (("diff", "{plain}", "{plain}", "--alpha", "4"),
+                         "says nothing of peft or peft"),
     "a wrong format": (("inspect", "{file}", "--format", "peft"), "is no peft adapter"),
     "gguf beside peft": (("diff", "{plain}", "{gguf}"), "give --model"),
     "nothing to convert": (("bench", "convert", "--megabytes", "0"), "--megabytes 0: at least 1"),
@@ -231,6 +242,20 @@ def test_inspect_takes_other_formats(format, square, tmp_path, capsys):
     assert theirs["format"] == format
     norms = [sorted(module["norm_delta"] for module in each["modules"]) for each in (ours, theirs)]
     np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["torchtune", "loralib"])
+def test_inspect_and_diff_are_told_alpha(format, plain, tmp_path, capsys):
+    """Rows of q and k are in an order of torchtune's own, on which no number here depends."""
+    out = tmp_path / f"out{OUTPUTS[format]}"
+    assert run("export", plain, out, "--format", format) == 0
+    _, ours = printed_json(capsys, "inspect", plain)
+    _, theirs = printed_json(capsys, "inspect", out, "--alpha", 6)
+    for key in ("rank", "scale", "norm_delta", "effective_rank"):
+        values = [sorted(module[key] for module in each["modules"]) for each in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=1e-5)
+    model = ("--model", "tiny") if format == "torchtune" else ()
+    assert run("diff", plain, out, "--alpha", 6, *model) == 0
 
 
 def changed(source, target, change=lambda tensors: {}, **config):

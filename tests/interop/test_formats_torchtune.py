@@ -137,6 +137,7 @@ def test_models_that_rotate_halves_keep_their_rows(tmp_path):
     [
         ("qwen2", None, True, "rotate halves of q and k, as its qwen2 does"),
         ("qwen3", None, True, "rotate halves of q and k, as its qwen3 does"),
+        ("phi3", None, True, "rotate halves of q and k, as its phi3 does"),
         ("mistral", None, False, "rotate neighbours of q and k, as its mistral does"),
         ("qwen2", "neighbours", False, "rotate neighbours of q and k, as given"),
         ("llama", "halves", True, "rotate halves of q and k, as given"),

@@ -114,6 +114,25 @@ def test_names_with_the_adapters_own_name_are_read(tmp_path):
     assert {*peft_file.read(tmp_path).adapter.modules} == {"blocks.0.fc", "blocks.1.fc"}
 
 
+@pytest.mark.parametrize(
+    ("known", "again"),
+    [
+        ("base_model.model.blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_A.default.weight"),
+        ("base_model.model.blocks.0.fc.lora_B.weight", "blocks.0.fc.lora_B.weight"),
+        ("base_model.model.norm.weight", "norm.base_layer.weight"),
+    ],
+)
+def test_a_tensor_under_two_names_is_refused(tmp_path, known, again):
+    saved(tmp_path, target_modules=["fc"], modules_to_save=["norm"])
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in torch_io.read(weights).items()}
+    torch_io.write(weights, {**tensors, again: tensors[known] * 2})
+    with pytest.raises(InputError, match="under two names: ") as caught:
+        peft_file.read(tmp_path)
+    assert known in str(caught.value)
+    assert again in str(caught.value)
+
+
 def test_default_is_taken_out_of_its_own_place_alone(tmp_path):
     saved(tmp_path, target_modules=["fc"])
     weights = tmp_path / "adapter_model.safetensors"
