@@ -55,12 +55,19 @@ _FIELDS = {
     ".lora.alpha": "alpha",
     ".alpha": "alpha",
 }
-# Old names and today's, of text encoders and of the others.
-_ATTENTION = {
-    True: ((r"\.to_([qkv])_lora\.", r".\1_proj.lora."), (r"\.to_out_lora\.", ".out_proj.lora.")),
-    False: ((r"\.to_([qkv])_lora\.", r".to_\1.lora."), (r"\.to_out_lora\.", ".to_out.0.lora.")),
+# Old parts of names and today's, of text encoders and of the others.
+_EVERYWHERE = {".processor.": ".", ".lora_linear_layer.": ".lora."}
+_TODAY = {
+    True: {
+        **_EVERYWHERE,
+        **{f".to_{part}_lora.": f".{part}_proj.lora." for part in ("q", "k", "v", "out")},
+    },
+    False: {
+        **_EVERYWHERE,
+        **{f".to_{part}_lora.": f".to_{part}.lora." for part in "qkv"},
+        ".to_out_lora.": ".to_out.0.lora.",
+    },
 }
-_EVERYWHERE = ((r"\.processor\.", "."), (r"\.lora_linear_layer\.", ".lora."))
 # The file's own modules are the adapted ones, whatever the config selects in its model.
 _WHOLE = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
@@ -118,9 +125,8 @@ def _outside(names: Iterable[str]) -> Iterator[str]:
 
 def _today(name: str) -> str:
     name = name.removeprefix("base_model.model.")
-    is_text = name.startswith("text_encoder")
-    for old, new in (*_EVERYWHERE, *_ATTENTION[is_text]):
-        name = re.sub(old, new, name)
+    for old, new in _TODAY[name.startswith("text_encoder")].items():
+        name = name.replace(old, new)
     return name
 
 

@@ -13,6 +13,7 @@ https://github.com/KohakuBlueleaf/LyCORIS
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ _FIELDS = {
     ".dora_scale": "dora_scale",
 }
 _OTHER_METHODS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "on_input": "(IA)^3"}
+_OTHER_METHOD = re.compile("|".join(rf"\.{part}" for part in _OTHER_METHODS))
 
 
 def read_kohya(content: Content, given: Given) -> FileAdapter:
@@ -228,11 +230,8 @@ def _notes(found: Mapping[str, Mapping[str, np.ndarray]], given: Given) -> tuple
 
 
 def _is_kohya(content: Content) -> bool:
-    return any(
-        name.endswith((".lora_down.weight", ".lora_up.weight"))
-        or any(f".{part}" in name for part in _OTHER_METHODS)
-        for name in content.tensors
-    )
+    ends = (".lora_down.weight", ".lora_up.weight")
+    return any(name.endswith(ends) or _OTHER_METHOD.search(name) for name in content.tensors)
 
 
 FORMATS = {

@@ -11,7 +11,8 @@ torchtune                  Hugging Face                 shape
 ``output``                 ``lm_head``
 =========================  ===========================  ================================
 
-Its models of Qwen's and Phi's families rotate halves as Hugging Face's do, so their rows stay in place.
+Its models of Qwen's and Phi's families rotate halves as Hugging Face's do, so their rows stay in
+place.
 
 Source: torchtune/models/convert_weights.py of https://github.com/pytorch/torchtune
 """

@@ -9,8 +9,8 @@ import numpy as np
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter
 from interop.keymaps import Index, Rule, indices, tensor_shape
 from interop.module_places import Spot, Tree, factor_shapes, kind_of, roles
-from lora_jax.errors import listed
 from lora_jax.adapter import Adapter
+from lora_jax.errors import listed
 from lora_jax.paths import nearest
 from lora_jax.site import Plan, Site
 

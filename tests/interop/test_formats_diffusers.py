@@ -178,7 +178,7 @@ def test_what_is_written_for_diffusers_peft_loads_as_diffusers_does(dora, tmp_pa
     }
     write(tmp_path / "l.safetensors", FileAdapter("mine", modules), "diffusers")
     tensors = load_file(tmp_path / "l.safetensors")
-    config = json.loads(torch_io.metadata(tmp_path / "l.safetensors")["lora_adapter_metadata"])
+    config = json.loads(torch_io.read_all(tmp_path / "l.safetensors")[1]["lora_adapter_metadata"])
     own = {key.removeprefix("unet."): value for key, value in config.items()}
     torch.manual_seed(0)
     base, model = Unet(), Unet()
