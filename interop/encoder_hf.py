@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from interop.conversion import from_torch, require_shapes, to_torch
 from interop.encoder_hf_config import encoder_family, read_config, to_attributes
 from interop.encoder_keymaps import BARE, encoder_keymap, encoder_shapes
-from interop.keymaps import Keymap, from_torch, require_shapes, to_torch
+from interop.keymaps import Keymap
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError, raise_listed
 from lora_jax.files import atomic_directory, write_text

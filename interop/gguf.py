@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from interop.conversion import TensorInfo, assemble
 from interop.gguf_file import GgufFile, dequantised, open_gguf, require_dequantisable
 from interop.gguf_tokenizer import chat_tokenizer
 from interop.halves import to_halves
-from interop.keymaps import LLAMA_GGUF, TensorInfo, assemble
+from interop.keymaps import LLAMA_GGUF
 from interop.tokenizer import ChatTokenizer
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig

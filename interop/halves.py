@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.keymaps import flatten, nest
+from interop.conversion import flatten, nest
 from lora_jax.models.config import DecoderConfig
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from interop.conversion import from_torch, require_shapes, to_torch
 from interop.families import family_of, file_keymap, keymap_of
 from interop.halves import in_halves
 from interop.hf_config import read_config, to_attributes
-from interop.keymaps import Keymap, from_torch, require_shapes, to_torch
+from interop.keymaps import Keymap
 from interop.tokenizer import ChatTokenizer, token_ids, with_pad, write_tokenizer
 from interop.torch_io import read_directory, write_directory
 from lora_jax.errors import InputError

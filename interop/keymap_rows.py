@@ -47,7 +47,7 @@ def keymap(
       InputError: rows that can't be read, all of them named.
 
     >>> import numpy as np
-    >>> from interop.keymaps import to_torch
+    >>> from interop.conversion import to_torch
     >>> table = keymap(
     ...     ("embed/embedding", "tok.weight", "embedding"),
     ...     ("blocks/fc/kernel", "blocks.{i}.fc.weight", "linear"),

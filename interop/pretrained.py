@@ -13,9 +13,9 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from interop import gguf, hf
+from interop.conversion import nest
 from interop.gguf_file import open_gguf
 from interop.hf_config import read_config
-from interop.keymaps import nest
 from interop.tokenizer import ChatTokenizer, byte_tokenizer, read_tokenizer
 from interop.wheel import WheelFile, default_cache, fetch
 from lora_jax.errors import InputError

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from interop import keymaps
+from interop import conversion
 from interop.dlpack import as_numpy, as_torch
 from interop.keymaps import Keymap
 from lora_jax.paths import named_leaves, replace_leaves
@@ -47,7 +47,7 @@ def to_torch(params: Any, table: Keymap) -> dict[str, Any]:
     <All keys matched successfully>
     """
     leaves = {path: _writeable(leaf) for path, leaf in named_leaves(params).items()}
-    return {name: as_torch(tensor) for name, tensor in keymaps.to_torch(leaves, table).items()}
+    return {name: as_torch(tensor) for name, tensor in conversion.to_torch(leaves, table).items()}
 
 
 def from_torch(
@@ -69,8 +69,8 @@ def from_torch(
     """
     arrays = {name: _array(tensor) for name, tensor in state_dict.items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(like).items()}
-    params = keymaps.from_torch(arrays, table, shapes, dtype=dtype)
-    return replace_leaves(like, keymaps.flatten(params))
+    params = conversion.from_torch(arrays, table, shapes, dtype=dtype)
+    return replace_leaves(like, conversion.flatten(params))
 
 
 def _writeable(leaf: Any) -> np.ndarray:

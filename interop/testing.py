@@ -2,7 +2,8 @@
 
 >>> import jax, jax.numpy as jnp, numpy as np, torch
 >>> import lora_jax as lora
->>> from interop.keymaps import Keymap, Rule, from_torch
+>>> from interop.conversion import from_torch
+>>> from interop.keymaps import Keymap, Rule
 >>> from interop.testing import assert_equivalent
 >>> from interop.torch_lora import apply_lora, by_name
 >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))

@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from interop import hf, torch_io
+from interop.conversion import to_torch
 from interop.families import keymap_of
-from interop.keymaps import to_torch
 from interop.tokenizer import read_tokenizer
 from lora_jax.cli.parsing import parse
 from lora_jax.errors import InputError

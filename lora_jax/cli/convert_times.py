@@ -66,7 +66,8 @@ def conversions(options: Options) -> Report:
     import ml_dtypes
 
     from interop import torch_io
-    from interop.keymaps import Keymap, Rule, from_torch, nest, to_torch
+    from interop.conversion import from_torch, nest, to_torch
+    from interop.keymaps import Keymap, Rule
 
     dtype = np.dtype(getattr(ml_dtypes, options.dtype, options.dtype))
     shapes = _shapes(options.megabytes, dtype.itemsize)

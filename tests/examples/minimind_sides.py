@@ -9,8 +9,8 @@ import torch
 import lora_jax as lora
 from interop import adapter_formats, torch_lora
 from interop.adapter_plan import from_plan
+from interop.conversion import to_torch
 from interop.families import keymap_of
-from interop.keymaps import to_torch
 from interop.torch_lora_files import load_adapter
 from lora_jax.models.config import DecoderConfig
 

@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter
-from interop.keymaps import LLAMA, to_torch
+from interop.conversion import to_torch
+from interop.keymaps import LLAMA
 
 from small_models import random_params, to_neighbours
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter
-from interop.keymaps import Keymap, Rule, to_torch
+from interop.conversion import to_torch
+from interop.keymaps import Keymap, Rule
 from lora_jax.merging import merge
 
 TABLE = Keymap(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from interop.keymaps import Keymap, Rule, from_torch
+from interop.conversion import from_torch
+from interop.keymaps import Keymap, Rule
 
 RNG = np.random.default_rng(0)
 BATCH = 5

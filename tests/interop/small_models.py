@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from interop.keymaps import LLAMA_GGUF, nest, to_torch
+from interop.conversion import nest, to_torch
+from interop.keymaps import LLAMA_GGUF
 from lora_jax.models.decoder import Decoder, DecoderConfig, leaf_shapes
 from lora_jax.models.forms import AttentionForm, LayerKind, MLPForm, NormForm, Rope
 

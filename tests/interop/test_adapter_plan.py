@@ -9,7 +9,7 @@ import pytest
 
 from interop.adapter_file import FileAdapter, RowAdapter, delta_weight
 from interop.adapter_plan import from_plan, to_plan
-from interop.keymaps import to_torch
+from interop.conversion import to_torch
 from lora_jax.errors import InputError
 
 from module_cases import CASES, SHAPES, TABLE, experts, file_of, merged_by_torch_name, pair, params

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from interop import torch_io
+from interop.conversion import flatten, from_torch, to_torch
 from interop.copying import copy_into, in_pieces
-from interop.keymaps import Keymap, Rule, flatten, from_torch, to_torch
+from interop.keymaps import Keymap, Rule
 
 DTYPES = ("bool", "int8", "float16", "bfloat16", "float32", "float64", "complex128")
 ORDERS = {

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from interop import encoder_hf
+from interop.conversion import flatten, to_torch
 from interop.encoder_hf_config import read_config, to_attributes
 from interop.encoder_keymaps import encoder_keymap, encoder_shapes
-from interop.keymaps import flatten, to_torch
 from interop.torch_io import read_directory
 from interop.torch_io import write as write_tensors
 from lora_jax.errors import InputError

@@ -12,10 +12,10 @@ import torch
 
 import lora_jax as lora
 from interop import hf
+from interop.conversion import flatten, nest, to_torch
 from interop.families import file_keymap, keymap_of
 from interop.halves import in_halves
 from interop.hf_config import from_attributes, to_attributes
-from interop.keymaps import flatten, nest, to_torch
 from interop.torch_io import read_directory
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import Decoder, leaf_shapes, param_shapes

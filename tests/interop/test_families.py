@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import lora_jax as lora
 from interop import hf, torch_io
+from interop.conversion import flatten, to_torch
 from interop.families import FAMILIES, keymap_of
 from interop.hf_attributes import REQUIRED
 from interop.hf_config import fixed_attributes, from_attributes, to_attributes
-from interop.keymaps import flatten, to_torch
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import Decoder, leaf_shapes
 from lora_jax.models.forms import LayerKind, Rope

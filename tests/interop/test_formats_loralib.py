@@ -12,7 +12,8 @@ import lora_jax as lora
 from interop.adapter_format import Given
 from interop.adapter_formats import read, write
 from interop.adapter_plan import base_modules, from_plan, to_plan
-from interop.keymaps import Keymap, Rule, from_torch
+from interop.conversion import from_torch
+from interop.keymaps import Keymap, Rule
 
 LINEAR = Keymap((
     Rule("fc/kernel", "fc.weight", (1, 0), "linear"), Rule("fc/bias", "fc.bias"),

@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM
 
 from interop import gguf, hf
+from interop.conversion import flatten, to_torch
 from interop.gguf_file import open_gguf
-from interop.keymaps import LLAMA, flatten, to_torch
+from interop.keymaps import LLAMA
 from lora_jax.errors import InputError
 from lora_jax.models.presets import SMOLLM2_135M
 

@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 import lora_jax as lora
 from interop.adapter_file import delta_weight
 from interop.adapter_plan import from_plan, to_plan
+from interop.conversion import from_torch, to_torch
 from interop.gguf_adapter import read, read_for_inspection
 from interop.gguf_adapter_writing import write
-from interop.keymaps import LLAMA, LLAMA_GGUF, from_torch, to_torch
+from interop.keymaps import LLAMA, LLAMA_GGUF
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import leaf_shapes
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from interop.adapter_file import FileAdapter, ModuleAdapter
+from interop.conversion import nest, to_torch
 from interop.families import keymap_of
 from interop.gguf_adapter import read
 from interop.gguf_adapter_writing import write
 from interop.hf_config import from_attributes
-from interop.keymaps import nest, to_torch
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import leaf_shapes
 

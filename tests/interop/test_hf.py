@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from interop import hf
+from interop.conversion import flatten, to_torch
 from interop.hf_config import read_config, to_attributes
-from interop.keymaps import LLAMA, flatten, to_torch
+from interop.keymaps import LLAMA
 from interop.tokenizer import byte_tokenizer, read_tokenizer
 from lora_jax.errors import InputError
 

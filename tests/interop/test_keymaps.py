@@ -9,23 +9,14 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from interop.conversion import flatten, from_torch, nest, to_torch
 from interop.hf_config import to_attributes
-from interop.keymaps import (
-    LLAMA,
-    LLAMA_GGUF,
-    Keymap,
-    Rule,
-    flatten,
-    from_torch,
-    leaf_path,
-    module_name,
-    nest,
-    to_torch,
-)
+from interop.keymaps import LLAMA, LLAMA_GGUF, Keymap, Rule, leaf_path, module_name
 from lora_jax.errors import InputError
 from lora_jax.models.decoder import leaf_shapes
 from lora_jax.models.forms import AttentionForm
 
+from clocks import within
 from small_models import SMALL, VARIANTS, random_params
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -108,13 +99,23 @@ def test_everything_that_does_not_fit_is_in_one_error():
     with pytest.raises(InputError) as caught:
         from_torch(weights, LLAMA, leaf_shapes(SMALL))
     for part in (
-        "missing: model.layers.{0,1,2}.mlp.up_proj.weight, model.norm.weight",
+        "missing: model.layers.{0..2}.mlp.up_proj.weight, model.norm.weight",
         "unexpected: model.layers.0.self_attn.q_norm.weight",
         "model.layers.1.mlp.gate_proj.weight is (3, 5), expected (96, 64)",
         "not floating point: model.layers.2.mlp.down_proj.weight is int8",
         "model.layers.{i}.mlp.down_proj.weight is float32 and int8",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.{}.weight", "x{}.weight"])
+def test_a_hundred_thousand_names_make_a_short_error(name):
+    one = np.ones(2, np.float32)
+    weights = to_torch(random_params(SMALL), LLAMA)
+    weights |= {name.format(2 * n): one for n in range(100_000)}
+    with pytest.raises(InputError, match=r"unexpected: .*(,\.\.\.}|and 99950 more)") as caught:
+        within(1, lambda: from_torch(weights, LLAMA, leaf_shapes(SMALL)))
+    assert len(str(caught.value)) < 2000
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored():

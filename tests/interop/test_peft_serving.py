@@ -7,7 +7,8 @@ import pytest
 
 import lora_jax as lora
 from interop import peft, torch_io
-from interop.keymaps import LLAMA, to_torch
+from interop.conversion import to_torch
+from interop.keymaps import LLAMA
 from interop.peft import CONFIG, WEIGHTS
 
 from peft_cases import (

@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from interop import hf, pretrained, wheel
-from interop.keymaps import flatten
+from interop.conversion import flatten
 from interop.tokenizer import byte_tokenizer
 from lora_jax.errors import InputError
 from lora_jax.models.presets import SMOLLM2_135M, TINY

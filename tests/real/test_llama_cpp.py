@@ -25,10 +25,11 @@ import lora_jax as lora
 from interop import pretrained, wheel
 from interop.adapter_file import FileAdapter, ModuleAdapter
 from interop.adapter_plan import from_plan, to_plan
+from interop.conversion import to_torch
 from interop.equivalence_report import STANDARD
 from interop.gguf_adapter import read
 from interop.gguf_adapter_writing import write
-from interop.keymaps import LLAMA, to_torch
+from interop.keymaps import LLAMA
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
