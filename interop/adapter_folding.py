@@ -3,6 +3,7 @@
 Folding a scale into B, and filling ranks up with zeros, change no function.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -62,13 +63,15 @@ def common_alpha(modules: Modules, rank_of: Callable[[str, ModuleAdapter], float
 
 
 def alpha(scale: float, rank: float) -> float:
-    """The alpha that divided by ``rank`` gives ``scale``, in the fewest digits.
+    """The alpha that divided by ``rank`` gives ``scale``, in the fewest digits; else the nearest.
 
     >>> alpha(2**0.5, 8), alpha(16 / 3, 3)
     (11.313708498984761, 16.0)
     """
-    short = float(f"{scale * rank:.12g}")
-    return short if short / rank == scale else scale * rank
+    product = scale * rank
+    short = float(f"{product:.15g}")
+    around = (product, math.nextafter(product, 0), math.nextafter(product, math.inf))
+    return next((each for each in (short, *around) if each / rank == scale), short)
 
 
 def _most_common(numbers: Iterable[float]) -> float:

@@ -5,21 +5,24 @@ masks, which is left out.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from interop.hf_attributes import (
     ACTIVATIONS,
+    HARMLESS,
     MOST_LAYERS,
     NUMBER,
     REQUIRED,
     Attribute,
+    described_in,
     faults,
+    other_faults,
     resolved,
+    stored_dtype,
 )
-from interop.hf_config import DTYPES, HARMLESS
 from lora_jax.errors import InputError
-from lora_jax.files import read_json
 from lora_jax.models.encoder_config import EncoderConfig
 
 
@@ -97,7 +100,6 @@ _CONTEXT = (
     Attribute("pad_token_id"),
     Attribute("num_labels", above=0, most=_MOST_LABELS),
     Attribute("id2label", None, (dict,)),
-    *(Attribute(name, None, (str,)) for name in DTYPES),
 )
 _HANDLED = (*_ATTRIBUTES, *_CONTEXT)
 # What asks for something the encoder doesn't do, unless it has this value.
@@ -118,7 +120,7 @@ _HARMLESS = HARMLESS - {"is_decoder"} | {
     "pooler_size_per_head", "pooler_type",
 }
 # fmt: on
-_KNOWN = frozenset((*(a.name for a in _HANDLED), *_FIXED, *_HARMLESS, "architectures"))
+_KNOWN = frozenset((*(a.name for a in _HANDLED), *_HARMLESS, "architectures"))
 
 
 def read_config(directory: str | Path, *, dtype: str | None = None) -> EncoderConfig:
@@ -135,24 +137,21 @@ def read_config(directory: str | Path, *, dtype: str | None = None) -> EncoderCo
       InputError: no ``config.json``, or attributes that aren't implemented, each named with its
         value.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} is not a model directory: it holds no config.json")
-    given = {name: value for name, value in read_json(path).items() if value is not None}
+    return described_in(directory, partial(_from_attributes, dtype=dtype))
+
+
+def _from_attributes(attributes: Mapping[str, Any], dtype: str | None) -> EncoderConfig:
+    given = {name: value for name, value in attributes.items() if value is not None}
     if wrong := [*faults(_HANDLED, given), *_other_faults(given)]:
-        raise InputError(f"{path}: not implemented: {'; '.join(wrong)}")
-    try:
-        return EncoderConfig(**_fields(given, dtype))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"not implemented: {'; '.join(wrong)}")
+    return EncoderConfig(**_fields(given, dtype))
 
 
 def _fields(given: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     family, found = ENCODERS[given["model_type"]], resolved(_HANDLED, given)
-    stored = next((given[name] for name in DTYPES if name in given), "float32")
     fields = {a.field: a.to_field(found[a.name]) for a in _ATTRIBUTES if a.field}
     fields |= {"padding_id": given.get("pad_token_id", family.padding_id)}
-    fields |= {**family.form, "dtype": dtype or stored}
+    fields |= {**family.form, "dtype": dtype or stored_dtype(given)}
     if given.get("architectures", [family.bare]) == [family.classifier]:
         fields |= {**family.head, "labels": _labels(given)}
     return fields
@@ -203,10 +202,8 @@ def _other_faults(given: Mapping[str, Any]) -> list[str]:
     if family := ENCODERS.get(str(given.get("model_type"))):
         names = (family.classifier, family.bare, *family.headless)
         fixed["architectures"] = tuple([name] for name in names)
-    other = [name for name in fixed if name in given and given[name] not in fixed[name]]
     return [
-        *(f"{n}={given[n]!r} (known: {', '.join(map(repr, fixed[n]))})" for n in other),
-        *(f"{n}={given[n]!r} (unknown attribute)" for n in given if n not in _KNOWN),
+        *other_faults(given, fixed, _KNOWN),
         *_label_faults(given.get("id2label"), given.get("num_labels")),
     ]
 

@@ -1,13 +1,45 @@
-"""One attribute of ``config.json`` and the config field it sets, both ways."""
+"""Attributes of ``config.json`` and the config fields they set: what all models share."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from lora_jax.errors import InputError
+from lora_jax.files import read_json
+
+T = TypeVar("T")
 
 NUMBER = (int, float)
 MOST_LAYERS = 4096
 """A file that names more is damaged; one entry is made for each."""
+
+
+# Of every model: what doesn't change what the model computes.
+# fmt: off
+HARMLESS = frozenset((
+    # provenance
+    "_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config",
+    "unsloth_fixed", "unsloth_version", "finetuning_task",
+    # token ids, which the tokenizer's files repeat
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "prefix",
+    # how weights were made, what is returned, how it is run
+    "initializer_range", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+    "torchscript", "use_bfloat16", "is_decoder", "tie_encoder_decoder", "_attn_implementation",
+    "_attn_implementation_autoset",
+    # defaults for sampling
+    "do_sample", "temperature", "top_k", "top_p", "typical_p", "min_length", "max_length",
+    "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping",
+    "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate",
+    "remove_invalid_values",
+    # labels of classifiers
+    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "task_specific_params",
+))
+# fmt: on
+_DTYPES = ("dtype", "torch_dtype")
 
 
 class Required:
@@ -91,6 +123,55 @@ def faults(attributes: Iterable[Attribute], given: Mapping[str, Any]) -> list[st
         elif wrong := _wrong(each, value):
             found.append(f"{each.name}={value!r} ({wrong})")
     return found
+
+
+def other_faults(
+    given: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known: Collection[str]
+) -> list[str]:
+    """Of what sets no field: what isn't known, and what isn't as the model has it.
+
+    Args:
+      given: by name.
+      fixed: the values that an attribute may have.
+      known: the other attributes' names.
+
+    >>> other_faults({"a": 1, "b": 2, "c": 3}, {"a": (0,)}, ["b"])
+    ['a=1 (known: 0)', 'c=3 (unknown attribute)']
+    """
+    known = {*known, *fixed, *_DTYPES}
+    other = [name for name in fixed if name in given and given[name] not in fixed[name]]
+    return [
+        *(f"{n}={given[n]!r} (known: {', '.join(map(repr, fixed[n]))})" for n in other),
+        *(f"{n}={given[n]!r} (unknown attribute)" for n in given if n not in known),
+        *(
+            f"{n}={given[n]!r} (expected str)"
+            for n in _DTYPES
+            if n in given and type(given[n]) is not str
+        ),
+    ]
+
+
+def stored_dtype(given: Mapping[str, Any]) -> str:
+    """The dtype of the weights, ``float32`` where it isn't given."""
+    return next((given[name] for name in _DTYPES if name in given), "float32")
+
+
+def described_in(directory: str | Path, from_attributes: Callable[[dict[str, Any]], T]) -> T:
+    """What ``from_attributes`` makes of a directory's ``config.json``; its errors name the file.
+
+    Raises:
+      InputError: there is none.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} is not a model directory: it holds no config.json "
+            "(expected config.json, tokenizer.json and *.safetensors)"
+        )
+    try:
+        return from_attributes(read_json(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _wrong(attribute: Attribute, value: Any) -> str:

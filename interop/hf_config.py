@@ -5,18 +5,24 @@ What the decoder implements, what can't change what it computes, and refusal of 
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from interop.families import FAMILIES, Family, family_name, family_of, model_type
-from interop.hf_attributes import faults, resolved
+from interop.hf_attributes import (
+    HARMLESS,
+    described_in,
+    faults,
+    other_faults,
+    resolved,
+    stored_dtype,
+)
 from interop.hf_layers import layer_attributes, layer_faults, layer_kinds
 from lora_jax.errors import InputError
-from lora_jax.files import read_json
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.forms import AttentionForm, ExpertsForm, MLPForm, NormForm
 
-DTYPES = ("dtype", "torch_dtype")
 _FORMS = {"norm": NormForm, "attention": AttentionForm, "mlp": MLPForm, "experts": ExpertsForm}
 _HOW_IT_RUNS = ("dtype", "remat", "scan_unroll", "expert_products")
 
@@ -27,29 +33,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
 }
-# Of every family: what doesn't change what the model computes.
-# fmt: off
-HARMLESS = frozenset((
-    # provenance
-    "_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version", "finetuning_task",
-    # token ids, which the tokenizer's files repeat
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
-    "decoder_start_token_id", "tokenizer_class", "prefix",
-    # how weights were made, what is returned, how it is run
-    "initializer_range", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-    "torchscript", "use_bfloat16", "is_decoder", "tie_encoder_decoder", "_attn_implementation",
-    "_attn_implementation_autoset",
-    # defaults for sampling
-    "do_sample", "temperature", "top_k", "top_p", "typical_p", "min_length", "max_length",
-    "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping",
-    "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate",
-    "remove_invalid_values",
-    # labels of classifiers
-    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "task_specific_params",
-))
-# fmt: on
 
 
 def read_config(directory: str | Path, *, dtype: str | None = None) -> DecoderConfig:
@@ -63,16 +46,7 @@ def read_config(directory: str | Path, *, dtype: str | None = None) -> DecoderCo
       InputError: no ``config.json``, or attributes that aren't implemented, each named with its
         value.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise InputError(
-            f"{directory} is not a model directory: it holds no config.json "
-            "(expected config.json, tokenizer.json and *.safetensors)"
-        )
-    try:
-        return from_attributes(read_json(path), dtype=dtype)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    return described_in(directory, partial(from_attributes, dtype=dtype))
 
 
 def from_attributes(attributes: Mapping[str, Any], *, dtype: str | None = None) -> DecoderConfig:
@@ -105,9 +79,10 @@ def from_attributes(attributes: Mapping[str, Any], *, dtype: str | None = None) 
         wrong += layer_faults(family.layers, given, found)
     if wrong:
         raise InputError(f"not implemented: {'; '.join(wrong)}")
-    stored = next((given[key] for key in DTYPES if key in given), "float32")
     kinds = layer_kinds(family.layers, given, found)
-    return _built({**fields, "layer_kinds": kinds, "family": name, "dtype": dtype or stored})
+    return _built(
+        {**fields, "layer_kinds": kinds, "family": name, "dtype": dtype or stored_dtype(given)}
+    )
 
 
 def _readable(family: Family, given: Mapping[str, Any]) -> bool:
@@ -194,17 +169,7 @@ def _other_faults(family: Family, given: Mapping[str, Any]) -> list[str]:
     """Of what sets no field: what isn't known, and what isn't as the decoder has it."""
     fixed = fixed_attributes(family, given)
     handled = {attribute.name for attribute in family.handled}
-    known = {*handled, *fixed, *HARMLESS, *family.harmless, *DTYPES}
-    other = [name for name in fixed if name in given and given[name] not in fixed[name]]
-    return [
-        *(f"{n}={given[n]!r} (known: {', '.join(map(repr, fixed[n]))})" for n in other),
-        *(f"{n}={given[n]!r} (unknown attribute)" for n in given if n not in known),
-        *(
-            f"{n}={given[n]!r} (expected str)"
-            for n in DTYPES
-            if n in given and type(given[n]) is not str
-        ),
-    ]
+    return other_faults(given, fixed, {*handled, *HARMLESS, *family.harmless})
 
 
 def fixed_attributes(family: Family, given: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

@@ -162,6 +162,9 @@ def _scales(
         if len(with_alpha) < len(names):
             without = [name for name in names if name not in with_alpha]
             notes.append(f"{listed(map(repr, without))}: {_NO_ALPHA}")
+    absent = [name for name in configs if name not in by_component]
+    if absent:
+        notes.append(f"{METADATA} has a config of {listed(absent)}, of which there is no tensor")
     return scales, tuple(notes)
 
 
@@ -199,7 +202,7 @@ def _scales_of_config(
 ) -> dict[str, float]:
     modules = [name.partition(".")[2] for name in names]
     whole = {"peft_type": "LORA", **config, **_WHOLE, "target_modules": modules}
-    problems = [*peft_config.problems(whole), *_rebased(config)]
+    problems = [*peft_config.problems(whole), *_unheld_of(config)]
     raise_all(f"{content.path}: {METADATA} of {component!r}", problems)
     known = peft_config.config_of(whole)
     settings = {
@@ -213,7 +216,10 @@ def _scales_of_config(
     return {name: setting.scale for name, setting in settings.items()}
 
 
-def _rebased(config: Mapping[str, Any]) -> Iterator[str]:
+def _unheld_of(config: Mapping[str, Any]) -> Iterator[str]:
+    """What changes an adapter's function and these files don't hold."""
+    if config.get("target_parameters"):
+        yield "target_parameters are set: diffusers' files hold adapters of modules alone"
     init = config.get("init_lora_weights")
     if init in peft_config.REBASED_INITS:
         yield (

@@ -1,12 +1,12 @@
 """Writing adapter_config.json: a plan in PEFT's terms."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from interop.adapter_folding import alpha
 from interop.peft_layout import adapted_settings, is_pair, settings_of, tensor_names
 from interop.peft_matching import PeftConfig, Setting, is_named, saved_tensors
 from interop.peft_modules import PARAMETERS, Base, saved_module
@@ -29,9 +29,9 @@ def config_of(
     """
     settings = named_settings(plan, base)
     rank = _most_common(setting.rank for setting in _deciding(settings, base))
-    alpha = _most_common(map(_alpha, _deciding(settings, base)))
+    usual_alpha = _most_common(map(_alpha, _deciding(settings, base)))
     return {
-        "alpha_pattern": _patterns(plan, base, _alpha, alpha),
+        "alpha_pattern": _patterns(plan, base, _alpha, usual_alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": bias_of(plan, base),
@@ -40,7 +40,7 @@ def config_of(
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": alpha,
+        "lora_alpha": usual_alpha,
         "lora_dropout": 0.0,
         "modules_to_save": sorted(modules_to_save(plan, base)) or None,
         "peft_type": "LORA",
@@ -174,13 +174,8 @@ def _any_layer(site: Site, base: Base) -> str:
 
 
 def _alpha(setting: Setting) -> float:
-    """The shortest alpha with alpha/rank == scale, where one exists, else the nearest."""
-    rank, scale = setting
-    product = scale * rank
-    shortest = float(f"{product:.15g}")
-    around = (product, math.nextafter(product, 0), math.nextafter(product, math.inf))
-    alpha = next((x for x in (shortest, *around) if x / rank == scale), shortest)
-    return int(alpha) if alpha.is_integer() else alpha
+    found = alpha(setting.scale, setting.rank)
+    return int(found) if found.is_integer() else found
 
 
 def _most_common(values: Iterable[Any]) -> Any:

@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from lora_jax.errors import InputError
 from lora_jax.models.attention import attend
-from lora_jax.models.decoder import ACTIVATIONS
+from lora_jax.models.blocks import ACTIVATIONS
 from lora_jax.models.encoder_config import EncoderConfig
 
 __all__ = [

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import lora_jax as lora
 from lora_jax.models.attention import attention_context
-from lora_jax.models.decoder import Block, init_params
+from lora_jax.models.blocks import Block
+from lora_jax.models.decoder import init_params
 from lora_jax.models.presets import TINY
 
 from hlo import equations

@@ -147,6 +147,7 @@ def test_alphas_beside_a_config_have_to_say_the_same(dtype, params, tmp_path):
         (plain(use_rslora="no"), "use_rslora is 'no', expected true or false"),
         (plain(peft_type="LOHA"), "peft_type is 'LOHA', expected 'LORA'"),
         (plain(use_dora=True), "use_dora of unet is True, 'unet.*to_q'.* have no magnitudes"),
+        (plain(target_parameters=["to_q.weight"]), "adapters of modules alone"),
         (plain(mine=1), "mine is 1, a key that is not known here"),
     ],
 )
@@ -155,6 +156,14 @@ def test_headers_that_are_wrong_are_refused(text, message, params, tmp_path):
     save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": text})
     with pytest.raises(lora.InputError, match=message):
         read(tmp_path / "l.safetensors")
+
+
+def test_a_config_of_an_absent_component_is_noted(params, tmp_path):
+    tensors, _ = diffusers_case(params)
+    config = json.loads(plain()) | {"text_encoder_2.r": 3, "text_encoder_2.lora_alpha": 3}
+    told = {"lora_adapter_metadata": json.dumps(config)}
+    save_file(tensors, tmp_path / "l.safetensors", told)
+    assert "config of text_encoder_2, of which" in "; ".join(read(tmp_path / "l.safetensors").notes)
 
 
 class Unet(nn.Module):
