@@ -12,9 +12,11 @@ SwitchLinear          ``.lora_a`` (experts, r, in),     ``switch_mlp.*`` are the
 ====================  ================================  ====================================
 
 The scale is stored, and one for all modules as the rank is. ``fine_tune_type: full`` holds
-parameters that are trained whole, under their own names.
+parameters that are trained whole, under their own names. GPT-2's modules are called ``model.*``
+there and ``transformer.*`` in torch, where its linear layers have their weights transposed.
 
-Source: mlx_lm/tuner/lora.py, dora.py and utils.py of https://github.com/ml-explore/mlx-lm
+Source: mlx_lm/tuner/lora.py, dora.py and utils.py, and mlx_lm/models/gpt2.py of
+https://github.com/ml-explore/mlx-lm
 """
 
 import math
@@ -52,16 +54,19 @@ _ALL_LAYERS = -1
 _TYPES = ("lora", "dora", "full")
 # mlx-lm's names of the stacked linears, where the experts' own differ from them.
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_GPT2 = re.compile(r"^(model|transformer)\.(?=(h\.\d+|wte|wpe|ln_f)\b)")
+_GPT2_LINEAR = re.compile(r"(model|transformer)\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")
 
 
 def read_mlx(content: Content, given: Given) -> FileAdapter:
     """Read a directory that ``mlx_lm.lora`` wrote."""
     config = content.config
     raise_all(f"{content.path} is no mlx adapter", _config_problems(config))
+    tensors = without_repeats(_renamed(content.tensors, "transformer."), content)
     if config.get("fine_tune_type") == "full":
-        whole = FileAdapter("mlx", {}, dict(content.tensors), shares_tables=True)
+        whole = FileAdapter("mlx", {}, tensors, shares_tables=True)
         return checked(whole, content.path)
-    found = by_module(content, _FIELDS, "mlx")
+    found = by_module(content._replace(tensors=tensors), _FIELDS, "mlx")
     settings = config["lora_parameters"]
     raise_all(f"{content.path} is no mlx adapter", _tensor_problems(found, config, given))
     scale = float(settings["scale"])
@@ -76,14 +81,15 @@ def write_mlx(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     raise_all(f"can't write {path}", [*_file_problems(file), *_expert_problems(file, given)])
     if not file.modules:
         config = {"fine_tune_type": "full", "num_layers": _ALL_LAYERS}
-        save_directory(path, _WEIGHTS, in_dtype(file.whole, given), to_json(config))
+        whole = dict(_renamed(file.whole, "model."))
+        save_directory(path, _WEIGHTS, in_dtype(whole, given), to_json(config))
         return ()
     modules, filling = with_one_rank(file.modules)
     scale = common_scale(modules)
     modules, scaling = with_scales(modules, lambda _, module: scale)
     tensors: dict[str, np.ndarray] = {}
     for name, stacked in _stacked(modules, _expert_counts(given.base or modules)).items():
-        tensors |= _tensors(name, stacked)
+        tensors |= _tensors(_GPT2.sub("model.", name), stacked)
     first = next(iter(modules.values()))
     keys = _keys({name.rpartition(".")[0] for name in tensors})
     config = {
@@ -93,6 +99,12 @@ def write_mlx(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
     }
     save_directory(path, _WEIGHTS, in_dtype(tensors, given), to_json(config))
     return (*filling, *scaling)
+
+
+def _renamed(tensors: Mapping[str, np.ndarray], root: str) -> Iterator[tuple[str, np.ndarray]]:
+    """With GPT-2's names below ``root``, and the weights of its linear layers transposed."""
+    for name, tensor in tensors.items():
+        yield _GPT2.sub(root, name), tensor.T if _GPT2_LINEAR.fullmatch(name) else tensor
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:

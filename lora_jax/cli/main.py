@@ -1,5 +1,6 @@
 """``lora-jax``: a table of commands, each imported only when it is called."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,32 +36,50 @@ COMMANDS = {
     "bench trace": Command("bench_trace", "time tracing beside LoRA written by hand"),
 }
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, INTERRUPTED, UNREAD = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 2 for bad input and 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns:
+      The exit status: 2 for bad input and for files that can't be read or written, 130 after
+      Ctrl-C, 141 where the reader of the output has gone.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["--version"]:
-        return _print_version()
-    name = next((n for n in COMMANDS if words[: len(n.split())] == n.split()), None)
-    if name is None:
-        return _print_help(words)
+    name = next((n for n in COMMANDS if words[: len(n.split())] == n.split()), "")
     try:
-        return _run(name, words[len(name.split()) :])
-    except InputError as error:
-        print(f"lora-jax {name}: {error}", file=sys.stderr)
+        status = _run(name, words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return UNREAD
+    except (InputError, OSError) as error:
+        print(f"lora-jax {name}".rstrip() + f": {_reason(error)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
+def _reason(error: InputError | OSError) -> str:
+    """What the system says of a file, without its number."""
+    if isinstance(error, InputError) or not error.strerror:
+        return str(error)
+    return ": ".join(map(str, filter(None, (error.filename, error.strerror))))
+
+
 def _run(name: str, words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        return _print_version()
+    if not name:
+        return _print_help(words)
     from lora_jax.cli.parsing import parse
 
     command = import_module(f"lora_jax.cli.{COMMANDS[name].module}")
-    return command.run(parse(command.Options, words, f"lora-jax {name}", command.__doc__))
+    own = words[len(name.split()) :]
+    return command.run(parse(command.Options, own, f"lora-jax {name}", command.__doc__))
 
 
 def _print_help(words: list[str]) -> int:

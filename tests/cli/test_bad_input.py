@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -163,3 +165,28 @@ def test_cache_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     assert main(["train", "--model", "tiny", "--data", str(data), "--out", str(out)]) == 2
     assert "LORA_JAX_CACHE" in capsys.readouterr().err
     assert not out.exists()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect", LONG], ["diff", LONG, "."], ["import", ".", LONG], ["export", LONG, "x"]]
+)
+def test_what_the_system_says_of_a_path_is_no_traceback(words, capsys):
+    assert main(words) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "status", "said"), [("pipe", 141, ""), ("/dev/full", 2, "space")])
+def test_output_that_nobody_takes_is_no_traceback(out, status, said):
+    command = [sys.executable, "-m", "lora_jax.cli.main", "--help"]
+    if out == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(out, os.O_WRONLY)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, bool(said))
+    assert said in done.stderr

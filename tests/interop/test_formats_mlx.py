@@ -176,6 +176,29 @@ def test_a_full_fine_tune_is_read_and_written_whole(params, tmp_path):
     assert all(np.array_equal(stored[name], array) for name, array in whole.items())
 
 
+def test_gpt2_has_the_names_and_the_axes_of_mlxs_model(tmp_path):
+    """mlx-lm skips what its model doesn't have, so other names would be an adapter of nothing."""
+    modules = {f"transformer.h.{i}.attn.c_attn": pair(2, (4,), 12) for i in range(2)}
+    modules["transformer.wte"] = pair(2, (9,), 4, kind="embedding")
+    write(tmp_path / "mlx", FileAdapter("mine", modules), "mlx")
+    stored = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert stored["model.h.1.attn.c_attn.lora_a"].shape == (4, 2)
+    assert all(name.startswith(("model.h.", "model.wte.")) for name in stored)
+    keys = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
+    assert keys["keys"] == ["model.h.0.attn.c_attn", "model.h.1.attn.c_attn", "model.wte"]
+    again = read(tmp_path / "mlx").modules
+    assert {name: module.kind for name, module in again.items()} == {
+        name: module.kind for name, module in modules.items()
+    }
+    square = {"transformer.h.0.attn.c_proj.weight": np.arange(16, dtype=np.float32).reshape(4, 4),
+              "transformer.ln_f.weight": np.ones(4, np.float32)}  # fmt: skip
+    write(tmp_path / "full", FileAdapter("mine", {}, square), "mlx")
+    stored = load_file(tmp_path / "full" / "adapters.safetensors")
+    assert stored["model.h.0.attn.c_proj.weight"][0].tolist() == [0, 4, 8, 12]
+    again = read(tmp_path / "full").whole
+    assert all(np.array_equal(again[name], array) for name, array in square.items())
+
+
 A, B = "fc.lora_a", "fc.lora_b"
 REFUSED = {
     "no scale": (config(scale=None), {A: (4, 3), B: (3, 4)}, "scale None, expected a finite"),
