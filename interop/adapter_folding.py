@@ -1,6 +1,6 @@
-"""Adapters made to fit formats that have one scale, one alpha or one rank for all modules.
+"""Adapters made to fit formats that have one scale, one rank or one set of modules for all layers.
 
-Folding a scale into B, and filling ranks up with zeros, change no function.
+Folding a scale into B, filling ranks up with zeros, and modules of zeros change no function.
 """
 
 import math
@@ -44,6 +44,29 @@ def with_one_rank(modules: Modules) -> tuple[dict[str, ModuleAdapter], tuple[str
     filled = {name: _filled(module, rank - module.rank) for name, module in modules.items()}
     note = f"filled up with zeros to rank {rank}: {listed(map(repr, short))}"
     return filled, (note,) if short else ()
+
+
+def with_zeros(
+    modules: Modules, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, ModuleAdapter], tuple[str, ...]]:
+    """The modules beside linear ones of zeros, whose weights (out, in) have these shapes.
+
+    >>> module = ModuleAdapter(np.ones((1, 2)), np.ones((2, 1)), 3.0)
+    >>> found, notes = with_zeros({"q": module}, {"k": (4, 2)})
+    >>> found["k"].b.shape, notes
+    ((4, 1), ("zeros for what its readers expect as well: 'k'",))
+    """
+    first = next(iter(modules.values()))
+    zeros = {
+        name: ModuleAdapter(
+            np.zeros((first.rank, inputs), first.a.dtype),
+            np.zeros((outputs, first.rank), first.b.dtype),
+            first.scale,
+        )
+        for name, (outputs, inputs) in shapes.items()
+    }
+    note = f"zeros for what its readers expect as well: {listed(map(repr, zeros))}"
+    return {**modules, **zeros}, (note,) if zeros else ()
 
 
 def common_scale(modules: Modules) -> float:

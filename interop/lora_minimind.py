@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
-from interop.adapter_folding import with_one_rank, with_scales
+from interop.adapter_folding import with_one_rank, with_scales, with_zeros
 from interop.adapter_format import (
     Content,
     Format,
@@ -60,7 +60,7 @@ def read_minimind(content: Content, given: Given) -> FileAdapter:
 
 
 def write_minimind(path: Path, file: FileAdapter, given: Given) -> tuple[str, ...]:
-    """Write what MiniMind's ``load_lora`` reads: square linear layers, one rank, no scale."""
+    """Write what MiniMind's ``load_lora`` reads: all square linear layers, one rank, no scale."""
     oblong = [n for n, m in file.modules.items() if m.a.shape[-1] != m.b.shape[0]]
     problems = [*unheld(file, FORMATS["minimind"].holds, "minimind")]
     if oblong:
@@ -68,8 +68,21 @@ def write_minimind(path: Path, file: FileAdapter, given: Given) -> tuple[str, ..
     raise_all(f"can't write {path}", problems)
     modules, scaling = with_scales(file.modules, lambda _, module: 1.0)
     modules, filling = with_one_rank(modules)
+    modules, zeros = with_zeros(modules, _other_squares(modules, given))
     save(path, in_dtype(named(modules, LAYOUTS["minimind"]), given))
-    return (*scaling, *filling)
+    rank = next(iter(modules.values())).rank
+    return (*scaling, *filling, *zeros, f"its readers have to be told rank={rank}")
+
+
+def _other_squares(
+    modules: Mapping[str, ModuleAdapter], given: Given
+) -> dict[str, tuple[int, ...]]:
+    """The base's other square layers, which MiniMind's model gives factors and reads them for."""
+    return {
+        name: module.shape
+        for name, module in (given.base or {}).items()
+        if module.kind == "linear" and len({*module.shape}) == 1 and name not in modules
+    }
 
 
 def _first_generation(name: str) -> str | None:

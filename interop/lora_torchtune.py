@@ -12,7 +12,8 @@ torchtune                  Hugging Face                 shape
 =========================  ===========================  ================================
 
 Its models of Qwen's and Phi's families rotate halves as Hugging Face's do, so their rows stay in
-place.
+place. All of them adapt every layer alike, and of the MLP all three or none: what an adapter has
+in some of these alone gets zeros in the others.
 
 Source: torchtune/models/convert_weights.py of https://github.com/pytorch/torchtune
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from interop.adapter_file import FileAdapter, ModuleAdapter, checked, raise_all
-from interop.adapter_folding import common_alpha, with_one_rank, with_scales
+from interop.adapter_folding import common_alpha, with_one_rank, with_scales, with_zeros
 from interop.adapter_format import (
     Content,
     Format,
@@ -53,6 +54,7 @@ _NAMES = {
     "mlp.w3": "mlp.up_proj",
 }
 _HEAD = {"output": "lm_head"}
+_MLP = frozenset(name for name in _NAMES.values() if name.startswith("mlp."))
 _TURNED = ("self_attn.q_proj", "self_attn.k_proj")
 _FIELDS = {".lora_a.weight": "a", ".lora_b.weight": "b", ".magnitude": "magnitude"}
 _MAGNITUDES = (
@@ -88,19 +90,37 @@ def write_torchtune(path: Path, file: FileAdapter, given: Given) -> tuple[str, .
     problems = [*unheld(file, FORMATS["torchtune"].holds, "torchtune"), *_unknown(names, "Llama")]
     arrays = {name: {"a": m.a, "b": m.b} for name, m in file.modules.items()}
     problems += _turning_problems({name: name for name in names}, arrays, given)
+    others = _others(file.modules, given)
+    if others and any(module.magnitude is not None for module in file.modules.values()):
+        problems.append(f"torchtune's models would have DoRA in {listed(map(repr, others))} too")
     raise_all(f"can't write {path}", problems)
     modules, filling = with_one_rank(file.modules)
+    modules, zeros = with_zeros(modules, others)
     alpha = checked_alpha(given) or common_alpha(modules, lambda _, module: module.rank)
     modules, scaling = with_scales(modules, lambda _, module: alpha / module.rank)
     tensors = {
-        f"{names[name]}{end}": array
+        f"{_torchtune(name)}{end}": array
         for name, module in modules.items()
         for end, array in _arrays(_turned(module, name, given, to_neighbours)).items()
     }
     save(path, in_dtype(tensors, given))
     rank = next(iter(modules.values())).rank
     told = f"its readers have to be told lora_rank={rank} and lora_alpha={alpha:g}"
-    return (*filling, *scaling, told, *_notes(modules, given))
+    return (*filling, *zeros, *scaling, told, *_notes(modules, given))
+
+
+def _others(modules: Mapping[str, ModuleAdapter], given: Given) -> dict[str, tuple[int, ...]]:
+    """The base's modules that torchtune's model adapts when it adapts these."""
+    adapted = {_within(name) for name in modules} - {""}
+    adapted |= _MLP if adapted & _MLP else set()
+    base = (given.base or {}).items()
+    return {n: m.shape for n, m in base if _within(n) in adapted and n not in modules}
+
+
+def _within(name: str) -> str:
+    """What a module is called in its layer; nothing if it is in none."""
+    match = re.fullmatch(r"model\.layers\.\d+\.(.+)", name)
+    return match[1] if match else ""
 
 
 def _arrays(module: ModuleAdapter) -> dict[str, np.ndarray]:

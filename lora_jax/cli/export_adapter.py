@@ -29,7 +29,7 @@ class Options:
     format: str = "peft"
     """Of the result; an unknown one is answered with the list."""
     model: str | None = None
-    """Base model, if not the one that the source names."""
+    """Base model, if lora-jax didn't write the source and note it there."""
     for_serving: bool = False
     """With peft: one rank and one scale for all layers, without whatever servers don't load."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None

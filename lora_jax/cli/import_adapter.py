@@ -21,8 +21,8 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional]
     """New PEFT directory."""
     model: str | None = None
-    """Base model: Hugging Face directory, .gguf file, hub id or alias. Needed unless the source
-    names it."""
+    """Base model: Hugging Face directory, .gguf file, hub id or alias. Needed unless lora-jax wrote
+    the source and noted it."""
     format: str | None = None
     """Of the source, where its content doesn't tell: an error lists them."""
     alpha: float | None = None

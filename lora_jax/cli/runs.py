@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.parsing import read_yaml
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, printable
 from lora_jax.files import LOCK, is_unfinished
+from lora_jax.manifest import read_small_json
 
 ADAPTER, CONFIG, CHECKPOINTS, METRICS, SAMPLES, LOSS_PLOT, ANSWERS = (
     "adapter",
@@ -27,6 +28,7 @@ ADAPTER, CONFIG, CHECKPOINTS, METRICS, SAMPLES, LOSS_PLOT, ANSWERS = (
     "loss.png",
     "answers.json",
 )
+PEFT_CONFIG = "adapter_config.json"
 
 
 def require_free(directory: Path) -> None:
@@ -71,10 +73,10 @@ def adapter_directory(run: Path) -> Path:
       InputError: neither.
     """
     for directory in (run, run / ADAPTER):
-        if (directory / "adapter_config.json").is_file():
+        if (directory / PEFT_CONFIG).is_file():
             return directory
     raise InputError(
-        f"{run} is no run and no adapter: expected {run / ADAPTER / 'adapter_config.json'}; "
+        f"{run} is no run and no adapter: expected {run / ADAPTER / PEFT_CONFIG}; "
         "make one with lora-jax train"
     )
 
@@ -87,8 +89,17 @@ def model_of(run: Path, model: str | None) -> str:
     """
     named = model or _of_config(run, "model").get("model")
     if not isinstance(named, str):
-        raise InputError(f"{run} doesn't say which base it belongs to: give --model")
+        raise InputError(f"{run} {_missing_base(run)}: give --model")
     return named
+
+
+def _missing_base(run: Path) -> str:
+    """Why no base is known: PEFT's name of it is for a person to judge."""
+    found = (path for folder in (run, run / ADAPTER) if (path := folder / PEFT_CONFIG).is_file())
+    named = next((read_small_json(path).get("base_model_name_or_path") for path in found), None)
+    if not isinstance(named, str):
+        return "doesn't say which base it belongs to"
+    return f"names the base {printable(named)!r}, and no name in a file is followed"
 
 
 def precision_of(run: Path) -> str | None:

@@ -137,6 +137,7 @@ FAULTS = {
     "an empty source": (("export", "{here}", "{here}/out"), "is empty: name an adapter file"),
     "no such format": (("export", "{plain}", "{here}/out", "--format", "ggml"), "there are peft,"),
     "no model": (("import", "{file}", "{here}/out"), "give --model"),
+    "a name of PEFT's": (("import", "{named}", "{here}/out"), "names the base 'org/model', and no"),
     "no such model": (("import", "{file}", "{here}/out", "--model", "tinny"), "did you mean tiny"),
     "no alpha": (("import", "{file}", "{here}/out", "--model", "tiny"), "don't hold alpha"),
     "another base": (("export", "{plain}", "{here}/out", "--model", "{other}"), "another base"),
@@ -179,9 +180,13 @@ def places(plain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     assert run("export", plain, folder / "a.pth", "--format", "loralib") == 0
     assert run("export", plain, folder / "a.gguf", "--format", "gguf") == 0
-    other = folder / "other"
+    other, named = folder / "other", folder / "named"
     assert run("merge", plain, other, "--model", "tiny") == 0
-    return {"plain": plain, "file": folder / "a.pth", "gguf": folder / "a.gguf", "other": other}
+    named.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/model"}
+    (named / "adapter_config.json").write_text(json.dumps(config))
+    files = {"file": folder / "a.pth", "gguf": folder / "a.gguf"}
+    return {"plain": plain, "other": other, "named": named, **files}
 
 
 @pytest.mark.parametrize(("words", "fault"), FAULTS.values(), ids=FAULTS.keys())

@@ -139,6 +139,22 @@ def test_what_is_written_for_minimind_it_loads(tmp_path):
         np.testing.assert_allclose(found, x.numpy() @ delta_weight(module).T, rtol=1e-2, atol=1e-2)
 
 
+def test_minimind_gets_factors_of_every_square_layer(tmp_path):
+    """Its loader takes a file for all of them or fails."""
+    base = {name: BaseModule("linear", (8, 8)) for name in SECOND}
+    base |= {"model.layers.0.mlp.up_proj": BaseModule("linear", (24, 8)),
+             "model.embed_tokens": BaseModule("embedding", (8, 8))}  # fmt: skip
+    file = FileAdapter("x", {SECOND[0]: pair(3, (8,), 8, 1.0)})
+    notes = write(tmp_path / "lora.pth", file, "minimind", Given(base=base))
+    assert notes[0].startswith(f"zeros for what its readers expect as well: '{SECOND[1]}'")
+    assert notes[1] == "its readers have to be told rank=3"
+    stored = torch.load(tmp_path / "lora.pth", weights_only=True)
+    minimind_model(SECOND).load_state_dict(stored, strict=False)
+    assert {*stored} == {f"{name}.lora.{part}.weight" for name in SECOND for part in "AB"}
+    found = read(tmp_path / "lora.pth").modules
+    assert [name for name in SECOND if delta_weight(found[name]).any()] == [SECOND[0]]
+
+
 def test_names_of_the_first_generation_become_llamas_and_so_does_the_rotation(tmp_path):
     heads, head_dim, tokens = 2, 4, 5
     names = ["layers.0.attention.wq", "layers.0.attention.wk", "layers.0.feed_forward.w1"]

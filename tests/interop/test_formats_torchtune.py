@@ -8,7 +8,7 @@ import torch
 
 import lora_jax as lora
 from interop.adapter_file import FileAdapter, delta_weight
-from interop.adapter_format import Given
+from interop.adapter_format import BaseModule, Given
 from interop.adapter_formats import read, write
 
 from module_cases import pair
@@ -114,6 +114,25 @@ def test_what_is_written_for_torchtune_is_what_it_reads(suffix, dora, tmp_path):
     else:
         again = read(tmp_path / "back.safetensors", GIVEN)
         assert {*again.modules} == {*NAMES.values()}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_layer_has_what_one_has_as_in_torchtunes_models(dora, tmp_path):
+    base = {f"model.layers.{i}.{name}": BaseModule("linear", (16, 16))
+            for i in range(2) for name in LLAMA}  # fmt: skip
+    given = GIVEN._replace(base=base | {"lm_head": BaseModule("linear", (16, 16))})
+    names = ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj")
+    file = FileAdapter("x", {name: pair(3, (16,), 16, 2.0, dora=dora) for name in names})
+    if dora:
+        with pytest.raises(lora.InputError, match=r"would have DoRA in 'model\.layers\.0\.mlp"):
+            write(tmp_path / "a.pt", file, "torchtune", given)
+        return
+    notes = write(tmp_path / "a.pt", file, "torchtune", given)
+    assert notes[0].startswith("zeros for what its readers expect as well: 'model.layers.0.mlp.ga")
+    found = read(tmp_path / "a.pt", given).modules
+    adapted = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert {*found} == {f"model.layers.{i}.{name}" for i in range(2) for name in adapted}
+    assert {name for name, module in found.items() if delta_weight(module).any()} == {*names}
 
 
 def test_alpha_comes_from_the_config_beside(tmp_path):
