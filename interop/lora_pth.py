@@ -198,7 +198,7 @@ def _plain(name: str, a: np.ndarray, b: np.ndarray, given: Given) -> Factors:
     if a.shape[0] != b.shape[1]:
         raise InputError(
             f"A {a.shape} and B {b.shape} have different ranks: of a MergedLinear give its "
-            "enable_lora"
+            "enable_lora (--merged-linear)"
         )
     return Factors(a, b, a.shape[0])
 

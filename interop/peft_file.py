@@ -18,7 +18,7 @@ from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
 from interop.peft_config import is_finite, is_rank, read_config
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
-from interop.peft_matching import PeftConfig, Setting, adapted_modules, is_named
+from interop.peft_matching import PeftConfig, Setting, adapted_modules, endings, is_named
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
 
@@ -36,6 +36,7 @@ _FIELDS = {
 }
 """What stands after a module's name, and what it is; PEFT also reads names with the adapter's own
 name, ``default``, in them."""
+_NO_ROWS = np.zeros(())
 _DEFAULT = re.compile(r"\.default(?=(?:\.weight|\.bias)?$)")
 _END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
 
@@ -70,8 +71,10 @@ def read(directory: str | os.PathLike) -> PeftFile:
     fields, whole = _by_module(tensors)
     raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
-    settings = _settings(config, pairs)
+    copies = _base_copies(tensors, fields)
+    whole = {name: tensor for name, tensor in whole.items() if name not in copies}
     experts = {*_experts(config, pairs)}
+    settings = _settings(config, pairs, experts)
     modules = {
         name: _module(found, settings[name], name in experts) for name, found in pairs.items()
     }
@@ -81,7 +84,8 @@ def read(directory: str | os.PathLike) -> PeftFile:
         for name, found in fields.items()
         if "rows" in found
     }
-    notes = (*problems, *_notes(config, modules, settings, experts), *_rebased(raw))
+    told = [f"the base's own weights beside its adapter: {listed(copies)}"] if copies else []
+    notes = (*problems, *told, *_notes(config, modules, settings, experts), *_rebased(raw))
     tied = config.ensure_weight_tying
     return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
 
@@ -135,6 +139,13 @@ def _meant(name: str) -> tuple[str, str]:
     return name.replace(f"{_WRAPPED}.", "."), ""
 
 
+def _base_copies(names: Iterable[str], adapted: Collection[str]) -> list[str]:
+    """Weights that PEFT stores of adapted embeddings and heads, by the parameter: the base's."""
+    end = f"{_WRAPPED}.weight"
+    owners = (name.removeprefix(_PREFIX).removesuffix(end) for name in names if name.endswith(end))
+    return [f"{owner}.weight" for owner in owners if owner in adapted]
+
+
 def _repeated(names: Iterable[str]) -> Iterator[str]:
     """Names that mean what another one does, as with and without the adapter's own name."""
     first: dict[tuple[str, str], str] = {}
@@ -150,19 +161,44 @@ def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             yield name
 
 
-def _settings(config: PeftConfig, names: Iterable[str]) -> dict[str, Setting]:
+def _settings(
+    config: PeftConfig, pairs: Mapping[str, Mapping[str, np.ndarray]], experts: Collection[str]
+) -> dict[str, Setting]:
     """Rank and scale that the config gives each module, whether it is a target or not."""
-    plain = {name: name.replace(_WRAPPED, "") for name in names}
+    plain = {name: name.replace(_WRAPPED, "") for name in pairs}
+    wrappers: dict[str, list[str]] = defaultdict(list)
+    for name in experts:
+        wrappers[plain[name]] += [name] if pairs[name].get("a", _NO_ROWS).ndim else []
+    parameters = dict(zip(wrappers, _parameters(config, wrappers), strict=True))
+    every = [*plain.values(), *(each for found in parameters.values() for each in found)]
     by_patterns = PeftConfig(
         config.r,
         config.lora_alpha,
-        [*plain.values()],
+        every,
         config.use_rslora,
         config.rank_pattern,
         config.alpha_pattern,
     )
-    found = adapted_modules(by_patterns, [*dict.fromkeys(plain.values())])
-    return {name: found[module] for name, module in plain.items()}
+    found = adapted_modules(by_patterns, [*dict.fromkeys(every)])
+    settings = {name: found[module] for name, module in plain.items()}
+    for module, names in wrappers.items():
+        if len(names) == len(parameters[module]):
+            # All have as many experts: the more rows an A has, the higher is its rank.
+            by_rows = sorted(names, key=lambda name: (len(pairs[name]["a"]), name))
+            by_rank = sorted((found[each] for each in parameters[module]), key=lambda s: s.rank)
+            settings |= zip(by_rows, by_rank, strict=True)
+    return settings
+
+
+def _parameters(config: PeftConfig, modules: Iterable[str]) -> Iterator[list[str]]:
+    """The parameters of each module that ``target_parameters`` name, which the file doesn't."""
+    ends: dict[str, list[str]] = defaultdict(list)
+    for name in dict.fromkeys(config.target_parameters or ()):
+        holder, _, end = name.rpartition(".")
+        ends[holder].append(end)
+    for module in modules:
+        own = (end for holder in (*endings(module), "") for end in ends.get(holder, ()))
+        yield [f"{module}.{end}" for end in dict.fromkeys(own)]
 
 
 def _experts(config: PeftConfig, names: Iterable[str]) -> Iterator[str]:

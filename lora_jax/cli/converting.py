@@ -16,7 +16,7 @@ from lora_jax.cli.adapter_bases import (
 from lora_jax.cli.export_adapter import Options as ExportOptions
 from lora_jax.cli.import_adapter import Options as ImportOptions
 from lora_jax.cli.terminal import open_console
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, raise_listed
 
 _PEFT, _GGUF = "peft", "gguf"
 
@@ -120,6 +120,8 @@ def _enabled_parts(words: Iterable[str]) -> dict[str, tuple[bool, ...]]:
     if wrong := [name + sign + flags for name, sign, flags in pairs
                  if not (name and flags and set(flags) <= {"0", "1"})]:  # fmt: skip
         raise InputError(f"--merged-linear {' '.join(wrong)}: expected such as c_attn=101")
+    names = [name for name, _, _ in pairs]
+    raise_listed("--merged-linear names twice", [n for n in {*names} if names.count(n) > 1])
     return {name: tuple(flag == "1" for flag in flags) for name, _, flags in pairs}
 
 

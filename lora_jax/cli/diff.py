@@ -23,7 +23,8 @@ class Options:
     """Largest relative difference of a module's update; of float32 about 1e-7 is rounding, of
     float16 1e-3."""
     model: str | None = None
-    """Base model, for formats whose names or rows are the base's: .gguf, kohya."""
+    """Base model, for formats whose names or rows are the base's: .gguf, kohya, and PEFT's of
+    experts beside any other."""
     alpha: float | None = None
     """lora_alpha of training, for files that hold A and B alone."""
     every: bool = False

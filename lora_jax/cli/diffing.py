@@ -2,19 +2,23 @@
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lora_jax.cli.adapter_bases import given_of, load_adapter_base, read_for
 from lora_jax.cli.diff import DIFFERS, Options
 from lora_jax.cli.inspecting import cell, finite
 from lora_jax.cli.terminal import open_console
 from lora_jax.errors import InputError, printable
 
 if TYPE_CHECKING:
+    from interop.adapter_file import FileAdapter
     from interop.adapter_format import Given
     from interop.comparison import Comparison, Difference
+    from lora_jax.cli.adapter_bases import AdapterBase
 
 _SHOWN_AT_MOST = 20
 
@@ -22,12 +26,13 @@ _SHOWN_AT_MOST = 20
 def show(options: Options) -> int:
     """Run `lora-jax diff`."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Threads cost more than thin factors do.
+    from interop.adapter_format import Given
     from interop.adapter_formats import require_asked
-    from interop.any_adapter import open_adapter
     from interop.comparison import compare
 
-    given = _given(options)
-    files = [open_adapter(path, given).adapter for path in (options.first, options.second)]
+    base = load_adapter_base(options.model) if options.model else None
+    given = given_of(base, alpha=options.alpha) if base else Given(alpha=options.alpha)
+    files = [_opened(path, given, base) for path in (options.first, options.second)]
     formats = [file.format for file in files]
     require_asked(given, formats)
     _require_same_rows(options, formats)
@@ -45,14 +50,16 @@ def show(options: Options) -> int:
     return DIFFERS if beyond else 0
 
 
-def _given(options: Options) -> "Given":
-    from interop.adapter_format import Given
+def _opened(path: Path, given: "Given", base: "AdapterBase | None") -> "FileAdapter":
+    """An adapter by the names of files; PEFT has others for experts, which only a base relates."""
+    from interop.adapter_plan import from_plan
+    from interop.any_adapter import open_adapter
 
-    if options.model is None:
-        return Given(alpha=options.alpha)
-    from lora_jax.cli.adapter_bases import given_of, load_adapter_base
-
-    return given_of(load_adapter_base(options.model), alpha=options.alpha)
+    file = open_adapter(path, given).adapter
+    if base is None or file.format != "peft" or base.file_keymap is base.keymap:
+        return file
+    adapter, plan, _ = read_for(base, path, given._replace(alpha=None), None)
+    return from_plan(adapter, plan, base.file_keymap, params=base.params)._replace(format="peft")
 
 
 def _require_same_rows(options: Options, formats: list[str]) -> None:

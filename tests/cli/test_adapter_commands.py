@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from interop import peft, torch_io
+from interop import hf, peft, torch_io
 from interop.adapter_formats import FORMATS
+from interop.hf_config import from_attributes
+from interop.tokenizer import byte_tokenizer
 from lora_jax.cli.adapter_bases import load_adapter_base
 from lora_jax.cli.main import main
 
+from small_models import random_params
+
 LINEARS = ".*_proj/kernel"
+ROLES = {".*layers.*kernel": "stack in out", ".*": "in out"}
 # What tiny's layers are called by each format, and how its files end.
 OUTPUTS = {
     "peft": "",
@@ -41,10 +46,9 @@ def base():
     return load_adapter_base("tiny")
 
 
-def write(directory, base, **changes):
+def write(directory, base, *, roles=ROLES, **changes):
     """An adapter with random factors on tiny, as a PEFT directory."""
     config = lora.LoraConfig(**{"rank": 4, "alpha": 6, "targets": LINEARS, **changes})
-    roles = {".*layers.*kernel": "stack in out", ".*": "in out"}
     plan = lora.plan_from_axes(base.params, config, roles)
     adapter = lora.init(jax.random.key(0), base.params, plan)
     keys = iter(jax.random.split(jax.random.key(1), 99))
@@ -150,6 +154,8 @@ FAULTS = {
     "oblong minimind": (("export", "{plain}", "{here}/o.pth", "--format", "minimind"),
                         "square layers alone, not 'model.layers.0"),
     "no suffix": (("export", "{plain}", "{here}/o", "--format", "loralib"), "can't write tensors"),
+    "parts named twice": (("import", "{file}", "{here}/out", "--model", "tiny", "--merged-linear",
+                           "c_attn=101", "c_attn=110"), "--merged-linear names twice: c_attn"),
     "merged parts": (("import", "{file}", "{here}/out", "--model", "tiny", "--merged-linear",
                       "c_attn=102"), "expected such as c_attn=101"),
     "a text": (("inspect", "{here}/../notes.txt"), "can't read tensors from this"),
@@ -405,6 +411,32 @@ def test_diff_of_other_modules_and_of_magnitudes(base, plain, square, tmp_path, 
     moved = changed(dora, tmp_path / "moved", lambda t: {name: t[name] * 2})
     status, found = printed_json(capsys, "diff", dora, moved)
     assert [m["others"] for m in found["modules"] if m["worst"] > 0.1] == [{"magnitude": 0.5}]
+
+
+def test_a_base_relates_pefts_experts_to_those_of_other_formats(tmp_path, capsys):
+    attributes = {
+        "model_type": "mixtral", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 3, "max_position_embeddings": 32,
+    }  # fmt: skip
+    config, model = from_attributes(attributes), tmp_path / "mixtral"
+    hf.write(model, config, random_params(config), tokenizer=byte_tokenizer().tokenizer)
+    mixture = load_adapter_base(str(model))
+    source = write(
+        tmp_path / "peft",
+        mixture,
+        roles={".*experts.*": "stack stack in out", **ROLES},
+        rank=2,
+        targets=".*(q_proj/kernel|mlp/gate/.*|experts/.*)",
+    )
+    out, back = tmp_path / "mlx", tmp_path / "back"
+    assert run("export", source, out, "--format", "mlx") == 0
+    assert run("diff", source, out) == 1
+    assert run("diff", source, out, "--model", model) == 0
+    assert run("import", out, back, "--model", model) == 0
+    assert run("diff", source, back) == 0
+    moved = changed(source, tmp_path / "moved", lambda t: {n: 2 * t[n] for n in t if "lora_A" in n})
+    assert run("diff", moved, out, "--model", model) == 1
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[bold]x", "\x1b[31mred", "a\nb", "🦙.é"])

@@ -55,6 +55,12 @@ CONFIGS = {
     "biased": {"target_modules": ["fc"], "lora_bias": True},
     "saved": {"target_modules": ["fc"], "modules_to_save": ["norm"], "bias": "lora_only"},
     "experts": {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]},
+    "experts of two ranks": {
+        "target_modules": [],
+        "target_parameters": ["experts.up", "experts.down"],
+        "rank_pattern": {"experts.up": 5},
+        "alpha_pattern": {"experts.down": 4},
+    },
     "tokens": {"target_modules": ["fc"], "trainable_token_indices": {"table": [3, 7]}},
 }
 
@@ -131,6 +137,20 @@ def test_a_tensor_under_two_names_is_refused(tmp_path, known, again):
         peft_file.read(tmp_path)
     assert known in str(caught.value)
     assert again in str(caught.value)
+
+
+def test_what_peft_stores_of_the_base_is_told_and_not_trained(tmp_path):
+    saved(tmp_path / "peft", target_modules=["fc", "table"])
+    bare = peft_file.read(tmp_path / "peft").adapter
+    weights = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in torch_io.read(weights).items()}
+    tensors["base_model.model.table.base_layer.weight"] = np.ones((11, 4), np.float32)
+    tensors["base_model.model.norm.weight"] = np.ones(4, np.float32)
+    torch_io.write(weights, tensors)
+    found = peft_file.read(tmp_path / "peft").adapter
+    assert {*found.whole} == {"norm.weight"}
+    assert compare(bare, found).beyond(1e-6) == ["norm.weight"]
+    assert "the base's own weights beside its adapter: table.weight" in found.notes
 
 
 def test_default_is_taken_out_of_its_own_place_alone(tmp_path):
