@@ -154,9 +154,9 @@ def _turning_problems(
         return []
     if given.head_dim is None:
         return [
-            f"rows of {listed(map(repr, turned))} are in the order of neighbours: give head_dim, "
-            "or rotary='halves' (--rotary) for a model of torchtune's that rotates as Hugging "
-            "Face's (Qwen's and Phi's)"
+            f"rows of {listed(map(repr, turned))} are in the order of neighbours: give head_dim "
+            "(--model), or rotary='halves' (--rotary) for a model of torchtune's that rotates as "
+            "Hugging Face's (Qwen's and Phi's)"
         ]
     return head_problems({name: found[name]["b"] for name in turned}, given.head_dim)
 

@@ -145,7 +145,7 @@ def _reason(error: Exception) -> str:
         return f"it would run {listed(asked.groups())}: ask for its state dict, as .safetensors"
     if "weights_only" in str(error):
         return "it is more than a state dict, or damaged"
-    return listed([str(error).strip().partition("\n")[0]])
+    return listed([str(error).strip().partition("\n")[0] or "it is empty or cut short"])
 
 
 def _array_or_problem(tensor: Any) -> Any:

@@ -106,6 +106,9 @@ def _require_format(options: ExportOptions) -> None:
         "--dtype is float32 in PEFT directories": (
             options.format == _PEFT and options.dtype not in (None, "float32")
         ),
+        f"{options.out}: the name of a gguf file ends in .gguf": (
+            options.format == _GGUF and options.out.suffix != ".gguf"
+        ),
         "--dtype bfloat16 is nothing that gguf files hold": (
             options.format == _GGUF and options.dtype == "bfloat16"
         ),

@@ -150,6 +150,7 @@ FAULTS = {
                          "--for-serving"), "--for-serving goes with --format peft"),
     "bfloat16 gguf": (("export", "{plain}", "{here}/o.gguf", "--format", "gguf", "--dtype",
                        "bfloat16"), "--dtype bfloat16"),
+    "gguf by no such name": (("export", "{plain}", "{here}/o.bin", "--format", "gguf"), "in .gguf"),
     "half a peft": (("export", "{plain}", "{here}/o", "--dtype", "float16"), "--dtype is float32"),
     "oblong minimind": (("export", "{plain}", "{here}/o.pth", "--format", "minimind"),
                         "square layers alone, not 'model.layers.0"),

@@ -304,3 +304,9 @@ def test_a_directory_that_holds_something_is_not_replaced(tmp_path):
     with pytest.raises(InputError, match="already exists"):
         fill_and_fail(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_an_empty_pickle_is_said_to_be_empty(tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(InputError, match=r"read safely: it is empty or cut short$"):
+        torch_io.read(tmp_path / "a.pth")
