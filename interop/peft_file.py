@@ -167,7 +167,7 @@ def _settings(
     """Rank and scale that the config gives each module, whether it is a target or not."""
     plain = {name: name.replace(_WRAPPED, "") for name in pairs}
     wrappers: dict[str, list[str]] = defaultdict(list)
-    for name in experts:
+    for name in experts if config.rank_pattern or config.alpha_pattern else ():
         wrappers[plain[name]] += [name] if pairs[name].get("a", _NO_ROWS).ndim else []
     parameters = dict(zip(wrappers, _parameters(config, wrappers), strict=True))
     every = [*plain.values(), *(each for found in parameters.values() for each in found)]
