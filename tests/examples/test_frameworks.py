@@ -110,15 +110,6 @@ class Run(NamedTuple):
     printed: str
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-    """Compiling is most of the time here, and the programs are tiny."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example(name, monkeypatch):
     """One test for all properties: with several workers each ``main`` still runs only once."""

@@ -27,14 +27,6 @@ from minimind_training import fresh_params, model_function, train
 EXAMPLE = Path(three_stages.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def built_in_half_the_time():
-    """Tiny models run a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # The model
 
 

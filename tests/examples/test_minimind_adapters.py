@@ -19,15 +19,6 @@ from minimind_options import model_config
 from minimind_sides import close, options, spread_out, started, torch_model
 from minimind_training import fresh_params
 
-
-@pytest.fixture(autouse=True)
-def built_in_half_the_time():
-    """Tiny models run a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Experts
 
 LEAF_OF = {"wq": "layers/self_attn/q_proj/kernel", "wo": "layers/self_attn/o_proj/kernel"}

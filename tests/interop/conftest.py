@@ -1,6 +1,5 @@
 """The real pretrained file, where it can be had."""
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -21,11 +20,3 @@ def smollm2_path():
 @pytest.fixture(scope="session")
 def smollm2_file(smollm2_path):
     return open_gguf(smollm2_path)
-
-
-@pytest.fixture(autouse=True)
-def _compiled_in_less_time():
-    """Tiny models compute for less time than XLA takes to optimise them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -137,6 +137,7 @@ def test_expected_shapes_are_those_of_transformers(llama, changes):
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, llama(config).params)
 
 
+@pytest.mark.optimised
 def test_gradients_equal_transformers(llama):
     config = dataclasses.replace(SMALL, attention=AttentionForm(bias=True), mlp=MLPForm(bias=True))
     reference = llama(config)
