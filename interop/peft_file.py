@@ -18,7 +18,13 @@ from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
 from interop.peft_config import is_finite, is_rank, read_config
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
-from interop.peft_matching import PeftConfig, Setting, adapted_modules, is_named
+from interop.peft_matching import (
+    PeftConfig,
+    Setting,
+    adapted_modules,
+    is_named,
+    settings_by_patterns,
+)
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
 
@@ -153,15 +159,7 @@ def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _settings(config: PeftConfig, names: Iterable[str]) -> dict[str, Setting]:
     """Rank and scale that the config gives each module, whether it is a target or not."""
     plain = {name: name.replace(_WRAPPED, "") for name in names}
-    by_patterns = PeftConfig(
-        config.r,
-        config.lora_alpha,
-        [*plain.values()],
-        config.use_rslora,
-        config.rank_pattern,
-        config.alpha_pattern,
-    )
-    found = adapted_modules(by_patterns, [*dict.fromkeys(plain.values())])
+    found = settings_by_patterns(config, [*plain.values()])
     return {name: found[module] for name, module in plain.items()}
 
 
