@@ -73,6 +73,13 @@ def test_what_peft_converted_is_a_plain_adapter(tmp_path, init, use_rslora):
     assert "twice the rank" not in notes("mlp", tmp_path / "plain")
 
 
+def test_what_peft_converted_from_lora_ga_is_a_plain_adapter_too(tmp_path):
+    """Its config keeps what it started from."""
+    save_with_peft(CASES["linear"], tmp_path)
+    edit_config(tmp_path, lora_ga_config={"direction": "ArB2r"}, corda_config={"verbose": True})
+    read("mlp", tmp_path)
+
+
 def test_an_unconverted_start_needs_values_and_says_what_was_done(tmp_path):
     save_with_peft(CASES["linear, pissa"], tmp_path)
     shapes = jax.eval_shape(lambda: base_params("mlp"))
@@ -252,6 +259,16 @@ def test_experts_of_one_layer_that_differ_are_refused(tmp_path):
     assert "'up' has experts of layer 1 at different ranks" in refusal(
         peft.read, tmp_path, params, keymap=keymap
     )
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_tied_head_of_another_scale_is_refused(tmp_path, key):
+    """PEFT gives it the scale of its own name."""
+    tied = dict(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    save_with_peft(Case("tied Llama", {**tied, key: {"embed_tokens": 4}}), tmp_path)
+    own = {"rank_pattern": "0.75", "alpha_pattern": "2"}[key]
+    message = refusal(read, "tied Llama", tmp_path)
+    assert f"has the scale {own}, and lm_head, to which it is tied, has 1.5" in message
 
 
 NOTED = {
