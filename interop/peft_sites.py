@@ -290,10 +290,11 @@ def _in_some_layers(by_leaf: ByLeaf, base: Base) -> Iterator[tuple[str, str]]:
 def _tying_problems(config: PeftConfig, claims: Claims, base: Base) -> Iterator[str]:
     for path in {**claims.pair, **claims.full}:
         tied = base.tied_modules(path)
-        if tied and not config.ensure_weight_tying:
+        if tied and not (config.ensure_weight_tying and base.kind(path) == "embedding"):
             yield (
                 f"{path!r} is also the weight of {', '.join(tied)}, which this adapter leaves as "
-                "it was: train it with ensure_weight_tying=True, or untie the base's weights"
+                "it was: train it with ensure_weight_tying=True if it is an embedding, or untie "
+                "the base's weights"
             )
         if tied and path in claims.pair:
             yield from _scale_problems(path, tied, claims, config)

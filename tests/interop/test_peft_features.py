@@ -261,6 +261,32 @@ def test_experts_of_one_layer_that_differ_are_refused(tmp_path):
     )
 
 
+SHARED = Keymap(
+    (Rule("words", "words.weight", (), "embedding"), Rule("a", "a.weight", (), "linear")),
+    copies={"head.weight": "words.weight", "b.weight": "a.weight"},
+)
+"""Modules that share a weight and have no row of their own."""
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "other"),
+    [("words", ("lora_embedding_A", "lora_embedding_B"), "head"),
+     ("a", ("lora_A.weight", "lora_B.weight"), "b")],
+)  # fmt: skip
+def test_an_adapter_of_one_of_those_that_share_a_weight_is_refused(tmp_path, target, fields, other):
+    params = {name: jnp.ones((6, 6)) for name in ("words", "a")}
+    stored = {f"base_model.model.{target}.{field}": np.ones(shape, "f4")
+              for field, shape in zip(fields, ((2, 6), (6, 2)), strict=True)}  # fmt: skip
+    torch_io.write(tmp_path / WEIGHTS, stored)
+    config = dict(peft_type="LORA", r=2, lora_alpha=2, target_modules=[target])
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    text = f"{target!r} is also the weight of {other}"
+    assert text in refusal(peft.read, tmp_path, params, keymap=SHARED)
+    plan = lora.plan_from_axes(params, lora.LoraConfig(rank=2, targets="a"), {".*": "out in"})
+    given = {"keymap": SHARED, "params": params}
+    assert "'a' is also the weight of b" in refusal(peft.require_writable, plan, **given)
+
+
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_a_tied_head_of_another_scale_is_refused(tmp_path, key):
     """PEFT gives it the scale of its own name."""
