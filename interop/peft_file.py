@@ -17,19 +17,17 @@ import numpy as np
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
 from interop.peft_config import is_finite, is_rank, read_config
+from interop.peft_file_experts import WRAPPED, experts_of, file_settings, untold_scales
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
 from interop.peft_matching import (
     PeftConfig,
     Setting,
     adapted_modules,
-    is_named,
-    settings_by_patterns,
 )
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
 
 _PREFIX = "base_model.model."
-_WRAPPED = ".base_layer"
 _FIELDS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -76,8 +74,8 @@ def read(directory: str | os.PathLike) -> PeftFile:
     fields, whole = _by_module(tensors)
     raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
-    settings = _settings(config, pairs)
-    experts = {*_experts(config, pairs)}
+    experts = {*experts_of(config, pairs)}
+    settings = file_settings(config, pairs, experts)
     modules = {
         name: _module(found, settings[name], name in experts) for name, found in pairs.items()
     }
@@ -87,7 +85,8 @@ def read(directory: str | os.PathLike) -> PeftFile:
         for name, found in fields.items()
         if "rows" in found
     }
-    notes = (*problems, *_notes(config, modules, settings, experts), *_rebased(raw))
+    found = _notes(config, modules, settings, experts)
+    notes = (*problems, *found, *untold_scales(config, experts), *_rebased(raw))
     tied = config.ensure_weight_tying
     return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
 
@@ -138,7 +137,7 @@ def _meant(name: str) -> tuple[str, str]:
     name = name.removeprefix(_PREFIX)
     if match := _END.fullmatch(_DEFAULT.sub("", name)):
         return match[1], _FIELDS[match[2]]
-    return name.replace(f"{_WRAPPED}.", "."), ""
+    return name.replace(f"{WRAPPED}.", "."), ""
 
 
 def _repeated(names: Iterable[str]) -> Iterator[str]:
@@ -153,26 +152,6 @@ def _repeated(names: Iterable[str]) -> Iterator[str]:
 def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, found in fields.items():
         if not any(found.keys() >= need for need in ({"a", "b"}, {"table_a", "table_b"}, {"rows"})):
-            yield name
-
-
-def _settings(config: PeftConfig, names: Iterable[str]) -> dict[str, Setting]:
-    """Rank and scale that the config gives each module, whether it is a target or not."""
-    plain = {name: name.replace(_WRAPPED, "") for name in names}
-    found = settings_by_patterns(config, [*plain.values()])
-    return {name: found[module] for name, module in plain.items()}
-
-
-def _experts(config: PeftConfig, names: Iterable[str]) -> Iterator[str]:
-    """The modules that hold a parameter which ``target_parameters`` name.
-
-    Without its module's name in front a parameter can be any module's that is no target itself.
-    """
-    plain = {name: name.replace(_WRAPPED, "") for name in names}
-    holders = {parameter.rpartition(".")[0] for parameter in config.target_parameters or ()}
-    targets = adapted_modules(config, [*plain.values()]) if "" in holders else {}
-    for name, module in plain.items():
-        if is_named(module, holders) or ("" in holders and module not in targets):
             yield name
 
 
@@ -229,7 +208,7 @@ def _notes(
     ]
     if other:
         yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
-    plain = [name.replace(_WRAPPED, "") for name in modules if name not in experts]
+    plain = [name.replace(WRAPPED, "") for name in modules if name not in experts]
     targets = adapted_modules(config, plain) if config.target_modules else plain
     if extra := [name for name in plain if name not in targets]:
         yield f"factors of modules that are no targets, which PEFT drops: {listed(extra)}"
