@@ -312,6 +312,10 @@ NOTED = {
         "tied Llama", dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
         "merges its update twice into the weight that it shares with lm_head",
     ),
+    "rows of a tied table": (
+        "tied Llama", dict(target_modules=["q_proj"], trainable_token_indices=[3]),
+        "its trained rows count in lm_head too, as PEFT has it in models of transformers alone",
+    ),
 }  # fmt: skip
 
 
