@@ -8,7 +8,7 @@ one, so what makes it unusable there is a note here as long as it can be looked 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,12 +140,16 @@ def _meant(name: str) -> tuple[str, str]:
     return name.replace(f"{WRAPPED}.", "."), ""
 
 
-def _repeated(names: Iterable[str]) -> Iterator[str]:
-    """Names that mean what another one does, as with and without the adapter's own name."""
+def _repeated(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Names that mean what another one does, as with and without the adapter's own name.
+
+    PEFT itself stores an embedding's magnitude twice when it stores the embedding.
+    """
     first: dict[tuple[str, str], str] = {}
-    for name in names:
+    for name, tensor in tensors.items():
         known = first.setdefault(_meant(name), name)
-        if known != name:
+        twice = name.removesuffix(".weight") == known.removesuffix(".weight")
+        if known != name and not (twice and np.array_equal(tensors[known], tensor)):
             yield f"{known} and {name}"
 
 

@@ -310,7 +310,7 @@ def base_places(names: Iterable[str], base: Base) -> dict[str, Place]:
 
 
 def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that repeat a tensor of a module which is trained whole, by the tensor's own.
+    """The names that repeat a trained tensor, by its own.
 
     PEFT has them with ``bias="all"`` and with ``save_embedding_layers``.
 
@@ -324,4 +324,4 @@ def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 _OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
-_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)|(?<=\.lora_magnitude_vector)\.weight$")

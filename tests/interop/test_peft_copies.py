@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from interop import peft, torch_io
+from interop import peft, peft_file, torch_io
 from interop.peft import WEIGHTS
 
 from peft_cases import edit_tensors
@@ -41,6 +41,10 @@ STORED = {
         Case("Llama", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])), EMBEDDINGS,
         ["lm_head.modules_to_save.weight", "lm_head.original_module.weight"],
     ),
+    "an embedding with a magnitude": (
+        Case("BERT", dict(target_modules=["query", "word_embeddings"], use_dora=True)), EMBEDDINGS,
+        ["bert.embeddings.word_embeddings.lora_magnitude_vector.weight"],
+    ),
     "an embedding with trained tokens": (
         Case("Llama", dict(target_modules=["q_proj"], trainable_token_indices=[1, 4])), EMBEDDINGS,
         ["model.embed_tokens.token_adapter.base_layer.weight", "lm_head.weight"],
@@ -56,6 +60,7 @@ def test_copies_count_for_nothing_and_have_to_be_equal(tmp_path, case, saving, c
     theirs = outputs_there(case, model)
     ours = outputs_of(case.kind, lora.merge(params, adapter, plan))
     assert relative(ours, theirs) < 1e-5 < relative(base_outputs(case.kind), theirs)
+    assert peft_file.read(tmp_path).adapter.modules
     names = [f"base_model.model.{name}" for name in copies]
     assert {*names} <= {*torch_io.read(tmp_path / WEIGHTS)}
     for name in names:
