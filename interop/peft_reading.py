@@ -44,7 +44,8 @@ def sites_and_entries(
     found = [*of_base.values(), *(place for own in wanted.values() for place in own)]
     tensor_problems = [*_tensor_problems(tensors, {place.name: place.shape for place in found})]
     if not tensor_problems:
-        tensor_problems += _base_problems(tensors, of_base, base)
+        kept = _without_rebased(of_base, base) if rebased else of_base
+        tensor_problems += _base_problems(tensors, kept, base)
     raise_all(f"{source} does not fit the model", [*problems, *tensor_problems])
     arrays = {site.path: _arrays(site, wanted[site.path], tensors) for site in sites}
     raise_all(f"{source} does not fit the model", _copy_problems(tensors, wanted, arrays))
@@ -71,6 +72,15 @@ def _wanted(
             *(p._replace(name=n, is_copy=True) for p in found for n in again.get(p.name, ())),
         ]
         for path, found in own.items()
+    }
+
+
+def _without_rebased(of_base: Mapping[str, Place], base: Base) -> dict[str, Place]:
+    """Without linear layers' weights, of which PEFT stores what their first update has left."""
+    return {
+        name: place
+        for name, place in of_base.items()
+        if base.kind(place.field) == "embedding" or not name.endswith(".base_layer.weight")
     }
 
 

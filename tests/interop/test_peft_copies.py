@@ -68,3 +68,12 @@ def test_copies_count_for_nothing_and_have_to_be_equal(tmp_path, case, saving, c
     with pytest.raises(lora.InputError) as raised:
         peft.read(tmp_path, params, keymap=keymap)
     assert any(f"{name} differs from" in str(raised.value) for name in names)
+
+
+def test_what_a_rebased_head_has_left_is_no_other_base(tmp_path):
+    case = Case("Llama", dict(target_modules=["q_proj", "lm_head"]), "pissa")
+    theirs = outputs_there(case, save_with_peft(case, tmp_path, **EMBEDDINGS))
+    assert "base_model.model.lm_head.base_layer.weight" in torch_io.read(tmp_path / WEIGHTS)
+    params = base_params("Llama")
+    read = peft.read(tmp_path, params, keymap=KINDS["Llama"].keymap)
+    assert relative(outputs_of("Llama", lora.merge(params, *read)), theirs) < 1e-5
