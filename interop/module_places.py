@@ -87,9 +87,8 @@ class Tree:
 
     def sharers(self, rule: Rule) -> list[str]:
         """The modules without a leaf of their own whose weight is the rule's tensor."""
-        absent = {rule.name for rule in self.keymap.rules if rule.path not in self.leaves}
-        copies = self.keymap.copies.items()
-        return [module_of(copy) for copy, of in copies if of == rule.name and copy in absent]
+        copies = [copy for copy, of in self.keymap.copies.items() if of == rule.name]
+        return [module_of(copy) for copy in copies if copy not in self.spots]
 
 
 def module_of(tensor: str) -> str:

@@ -142,11 +142,13 @@ _HARMLESS = frozenset(
     (
         "auto_mapping",
         "base_model_name_or_path",
+        "corda_config",  # as loftq_config
         "eva_config",  # the initial A only
         "fan_in_fan_out",  # PEFT corrects it by the type of each module
         "inference_mode",
         "loftq_config",  # used with init_lora_weights="loftq" only, which is refused
         "lora_dropout",  # training only
+        "lora_ga_config",  # as loftq_config
         "megatron_core",
         "qalora_group_size",
         "revision",
@@ -158,10 +160,8 @@ _HARMLESS = frozenset(
 _UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow",
-    "corda_config": "CorDA, which changes the base",
     "kasa_config": "KaSA, which changes the base",
     "layer_replication": "a base with repeated layers",
-    "lora_ga_config": "LoRA-GA, which changes the base",
     "megatron_config": "tensor-parallel layers",
     "monteclora_config": "MonteCLoRA",
     "use_bdlora": "block-diagonal LoRA",

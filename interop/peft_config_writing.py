@@ -28,8 +28,8 @@ def config_of(
     common one get an anchored pattern.
     """
     settings = named_settings(plan, base)
-    rank = _most_common(setting.rank for setting in _deciding(settings, base))
-    usual_alpha = _most_common(map(_alpha, _deciding(settings, base)))
+    rank = _usual({name: setting.rank for name, setting in settings.items()}, base)
+    usual_alpha = _usual({name: _alpha(setting) for name, setting in settings.items()}, base)
     return {
         "alpha_pattern": _patterns(plan, base, _alpha, usual_alpha),
         "auto_mapping": None,
@@ -125,10 +125,13 @@ def _unseen_copies(site: Site, base: Base) -> list[str]:
     return [] if last == "embed_tokens" else base.tied_modules(site.path)
 
 
-def _deciding(settings: Mapping[str, Setting], base: Base) -> list[Setting]:
-    """Whose rank and alpha are the common ones: PEFT warns of patterns for bare parameters."""
-    bare = [setting for name, setting in settings.items() if _is_bare(name, base)]
-    return bare or [*settings.values()]
+def _usual(values: Mapping[str, Any], base: Base) -> Any:
+    """The most common value, and among bare parameters' where there are any: PEFT warns of a
+    pattern that matches no module, so it is one that leaves the others values of some module."""
+    bare = [value for name, value in values.items() if _is_bare(name, base)]
+    of_modules = {value for name, value in values.items() if not _is_bare(name, base)}
+    fitting = [value for value in bare if {*bare} - {value} <= of_modules]
+    return _most_common(fitting or bare or values.values())
 
 
 def _newer_keys(plan: Plan, base: Base) -> dict[str, Any]:
@@ -153,14 +156,32 @@ def _patterns(
     plan: Plan, base: Base, value_of: Callable[[Setting], Any], usual: Any
 ) -> dict[str, Any]:
     """One pattern for a leaf whose layers agree, else one a layer: no name matches two."""
-    named, patterns = named_settings(plan, base), {}
+    named, patterns, bare = named_settings(plan, base), {}, set()
     for site in filter(is_pair, plan.sites):
         values = {m: value_of(s) for m, s in settings_of(site, base).items() if m in named}
         agreed = len(set(values.values())) == 1
         by_pattern = {_any_layer(site, base) if agreed else _anchored(m): values[m]
                       for m in values}  # fmt: skip
-        patterns |= {key: value for key, value in by_pattern.items() if value != usual}
-    return patterns
+        # PEFT gives a module that is tied to a table the scale of its own name.
+        by_pattern |= {_anchored(m): value for value in values.values()
+                       for m in base.tied_modules(site.path)}  # fmt: skip
+        found = {key: value for key, value in by_pattern.items() if value != usual}
+        patterns |= found
+        bare |= {*found} if base.rules[site.path].kind in PARAMETERS else set()
+    return _joined(patterns, bare)
+
+
+def _joined(patterns: Mapping[str, Any], bare: Iterable[str]) -> dict[str, Any]:
+    """With one pattern for bare parameters and the modules of the same value.
+
+    >>> _joined({"^a": 2, "^b": 2, "^c": 3}, ["^b"])
+    {'^a|^b': 2, '^c': 3}
+    """
+    keys = {
+        value: "|".join(key for key, its in patterns.items() if its == value)
+        for value in {patterns[key] for key in bare}
+    }
+    return {keys.get(value, key): value for key, value in patterns.items()}
 
 
 def _anchored(module: str) -> str:

@@ -17,13 +17,13 @@ import numpy as np
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
 from interop.peft_config import is_finite, is_rank, read_config
+from interop.peft_file_experts import WRAPPED, experts_of, file_settings, untold_scales
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
-from interop.peft_matching import PeftConfig, Setting, adapted_modules, endings, is_named
+from interop.peft_matching import PeftConfig, Setting, adapted_modules
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
 
 _PREFIX = "base_model.model."
-_WRAPPED = ".base_layer"
 _FIELDS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -36,7 +36,6 @@ _FIELDS = {
 }
 """What stands after a module's name, and what it is; PEFT also reads names with the adapter's own
 name, ``default``, in them."""
-_NO_ROWS = np.zeros(())
 _DEFAULT = re.compile(r"\.default(?=(?:\.weight|\.bias)?$)")
 _END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
 
@@ -73,8 +72,8 @@ def read(directory: str | os.PathLike) -> PeftFile:
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
     copies = _base_copies(tensors, fields)
     whole = {name: tensor for name, tensor in whole.items() if name not in copies}
-    experts = {*_experts(config, pairs)}
-    settings = _settings(config, pairs, experts)
+    experts = {*experts_of(config, pairs)}
+    settings = file_settings(config, pairs, experts)
     modules = {
         name: _module(found, settings[name], name in experts) for name, found in pairs.items()
     }
@@ -85,7 +84,8 @@ def read(directory: str | os.PathLike) -> PeftFile:
         if "rows" in found
     }
     told = [f"the base's own weights beside its adapter: {listed(copies)}"] if copies else []
-    notes = (*problems, *told, *_notes(config, modules, settings, experts), *_rebased(raw))
+    found = [*_notes(config, modules, settings, experts), *untold_scales(config, experts)]
+    notes = (*problems, *told, *found, *_rebased(raw))
     tied = config.ensure_weight_tying
     return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
 
@@ -136,81 +136,32 @@ def _meant(name: str) -> tuple[str, str]:
     name = name.removeprefix(_PREFIX)
     if match := _END.fullmatch(_DEFAULT.sub("", name)):
         return match[1], _FIELDS[match[2]]
-    return name.replace(f"{_WRAPPED}.", "."), ""
+    return name.replace(f"{WRAPPED}.", "."), ""
 
 
 def _base_copies(names: Iterable[str], adapted: Collection[str]) -> list[str]:
     """Weights that PEFT stores of adapted embeddings and heads, by the parameter: the base's."""
-    end = f"{_WRAPPED}.weight"
+    end = f"{WRAPPED}.weight"
     owners = (name.removeprefix(_PREFIX).removesuffix(end) for name in names if name.endswith(end))
     return [f"{owner}.weight" for owner in owners if owner in adapted]
 
 
-def _repeated(names: Iterable[str]) -> Iterator[str]:
-    """Names that mean what another one does, as with and without the adapter's own name."""
+def _repeated(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Names that mean what another one does, as with and without the adapter's own name.
+
+    PEFT itself stores an embedding's magnitude twice when it stores the embedding.
+    """
     first: dict[tuple[str, str], str] = {}
-    for name in names:
+    for name, tensor in tensors.items():
         known = first.setdefault(_meant(name), name)
-        if known != name:
+        twice = name.removesuffix(".weight") == known.removesuffix(".weight")
+        if known != name and not (twice and np.array_equal(tensors[known], tensor)):
             yield f"{known} and {name}"
 
 
 def _incomplete(fields: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, found in fields.items():
         if not any(found.keys() >= need for need in ({"a", "b"}, {"table_a", "table_b"}, {"rows"})):
-            yield name
-
-
-def _settings(
-    config: PeftConfig, pairs: Mapping[str, Mapping[str, np.ndarray]], experts: Collection[str]
-) -> dict[str, Setting]:
-    """Rank and scale that the config gives each module, whether it is a target or not."""
-    plain = {name: name.replace(_WRAPPED, "") for name in pairs}
-    wrappers: dict[str, list[str]] = defaultdict(list)
-    for name in experts if config.rank_pattern or config.alpha_pattern else ():
-        wrappers[plain[name]] += [name] if pairs[name].get("a", _NO_ROWS).ndim else []
-    parameters = dict(zip(wrappers, _parameters(config, wrappers), strict=True))
-    every = [*plain.values(), *(each for found in parameters.values() for each in found)]
-    by_patterns = PeftConfig(
-        config.r,
-        config.lora_alpha,
-        every,
-        config.use_rslora,
-        config.rank_pattern,
-        config.alpha_pattern,
-    )
-    found = adapted_modules(by_patterns, [*dict.fromkeys(every)])
-    settings = {name: found[module] for name, module in plain.items()}
-    for module, names in wrappers.items():
-        if len(names) == len(parameters[module]):
-            # All have as many experts: the more rows an A has, the higher is its rank.
-            by_rows = sorted(names, key=lambda name: (len(pairs[name]["a"]), name))
-            by_rank = sorted((found[each] for each in parameters[module]), key=lambda s: s.rank)
-            settings |= zip(by_rows, by_rank, strict=True)
-    return settings
-
-
-def _parameters(config: PeftConfig, modules: Iterable[str]) -> Iterator[list[str]]:
-    """The parameters of each module that ``target_parameters`` name, which the file doesn't."""
-    ends: dict[str, list[str]] = defaultdict(list)
-    for name in dict.fromkeys(config.target_parameters or ()):
-        holder, _, end = name.rpartition(".")
-        ends[holder].append(end)
-    for module in modules:
-        own = (end for holder in (*endings(module), "") for end in ends.get(holder, ()))
-        yield [f"{module}.{end}" for end in dict.fromkeys(own)]
-
-
-def _experts(config: PeftConfig, names: Iterable[str]) -> Iterator[str]:
-    """The modules that hold a parameter which ``target_parameters`` name.
-
-    Without its module's name in front a parameter can be any module's that is no target itself.
-    """
-    plain = {name: name.replace(_WRAPPED, "") for name in names}
-    holders = {parameter.rpartition(".")[0] for parameter in config.target_parameters or ()}
-    targets = adapted_modules(config, [*plain.values()]) if "" in holders else {}
-    for name, module in plain.items():
-        if is_named(module, holders) or ("" in holders and module not in targets):
             yield name
 
 
@@ -267,7 +218,7 @@ def _notes(
     ]
     if other:
         yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
-    plain = [name.replace(_WRAPPED, "") for name in modules if name not in experts]
+    plain = [name.replace(WRAPPED, "") for name in modules if name not in experts]
     targets = adapted_modules(config, plain) if config.target_modules else plain
     if extra := [name for name in plain if name not in targets]:
         yield f"factors of modules that are no targets, which PEFT drops: {listed(extra)}"

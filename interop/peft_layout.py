@@ -23,6 +23,7 @@ Source: the key names of https://github.com/huggingface/peft, release 0.21.2.
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
@@ -288,15 +289,39 @@ _PLACES: dict[str, Callable[[_At], list[Place]]] = {
 }
 
 
-def base_places(modules: Iterable[str], base: Base) -> dict[str, Place]:
-    """Copies of the base's weights that PEFT may store beside an adapter, by name in the file.
+def base_places(names: Iterable[str], base: Base) -> dict[str, Place]:
+    """Those of ``names`` that hold one of the base's own tensors, which PEFT may store beside an
+    adapter.
 
     Their ``field`` is the path of the leaf that they must equal.
     """
     found = {}
-    for path, index, module in ((*base.modules[module], module) for module in modules):
-        rule, shape = base.rules[path], tuple(base.leaves[path].shape)
-        for copy in (module, *base.tied_modules(path)):
-            name = f"{PREFIX}{copy}.base_layer.weight"
-            found[name] = whole_place(rule, shape, index, name)._replace(field=path)
+    for name in names:
+        if not name.startswith(PREFIX):
+            continue
+        own = _OF_BASE.sub("", name.removeprefix(PREFIX))
+        own = own if own in base.tensors else base.keymap.copies.get(own, "")
+        if own in base.tensors:
+            path, index = base.tensors[own]
+            rule = next(rule for rule in base.parts[path] if tensor_name(rule, index) == own)
+            place = whole_place(rule, tuple(base.leaves[path].shape), index, name)
+            found[name] = place._replace(field=path)
     return found
+
+
+def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that repeat a trained tensor, by its own.
+
+    PEFT has them with ``bias="all"`` and with ``save_embedding_layers``.
+
+    >>> saved_again(["head.bias", "head.modules_to_save.bias"])
+    {'head.bias': ['head.modules_to_save.bias']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in filter(_SAVED.search, names):
+        found.setdefault(_SAVED.sub("", name), []).append(name)
+    return found
+
+
+_OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)|(?<=\.lora_magnitude_vector)\.weight$")

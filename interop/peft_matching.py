@@ -92,6 +92,23 @@ def adapted_modules(
     return {name: setting(name) for name in found}
 
 
+def settings_by_patterns(config: PeftConfig, names: Sequence[str]) -> dict[str, Setting]:
+    """Rank and scale that the config gives each module, whether it is a target or not.
+
+    >>> settings_by_patterns(PeftConfig(8, 16, ["k_proj"], alpha_pattern={"head": 4}), ["head"])
+    {'head': Setting(rank=8, scale=0.5)}
+    """
+    by_patterns = PeftConfig(
+        config.r,
+        config.lora_alpha,
+        [*names],
+        config.use_rslora,
+        config.rank_pattern,
+        config.alpha_pattern,
+    )
+    return adapted_modules(by_patterns, [*dict.fromkeys(names)])
+
+
 def ambiguous_patterns(
     config: PeftConfig, names: Sequence[str]
 ) -> list[tuple[str, str, list[Any]]]:

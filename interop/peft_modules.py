@@ -92,9 +92,8 @@ class Base:
 
     def tied_modules(self, path: str) -> list[str]:
         """The modules without a leaf of their own, whose weight is the leaf at ``path``."""
-        absent = {r.name for r in self.keymap.rules if r.path not in self.leaves}
         names = [copy for copy, of in self.keymap.copies.items() if of == self.rules[path].name]
-        return [name.removesuffix(".weight") for name in names if name in absent]
+        return [saved_module(name) for name in names if name not in self.tensors]
 
     def kind(self, path: str) -> str | None:
         """What the leaf is to PEFT, or ``None`` where it has no adapter for it."""

@@ -95,6 +95,16 @@ def _tied(about: About) -> Iterator[str]:
             )
 
 
+def _tied_rows(about: About) -> Iterator[str]:
+    for path in about.claims.rows:
+        if tied := about.base.tied_modules(path):
+            names = ", ".join(tied)
+            yield (
+                f"{path}: its trained rows count in {names} too, as PEFT has it in models of "
+                f"transformers alone; in any other it leaves {names} as it was"
+            )
+
+
 def _swapped(about: About) -> Iterator[str]:
     config, claims = about.config, about.claims
     for name in sorted(swapped_parameters(config, about.shapes, claims.settings, about.base)):
@@ -125,6 +135,7 @@ _NOTES: tuple[Callable[[About], Iterator[str]], ...] = (
     _convolutions,
     _patterns,
     _tied,
+    _tied_rows,
     _swapped,
     _rebased,
     _unmatched,

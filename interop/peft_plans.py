@@ -55,6 +55,8 @@ def _pair_problem(site: Site, base: Base) -> str | None:
         return f"has axis roles {site.roles}, the {kind} weight here has {expected}"
     if not rule.stack and (site.ranks or isinstance(site.scale, tuple)):
         return f"has ranks or scales that differ along its {site.shape[0]} experts, PEFT has one"
+    if problem := _sharing_problem(site, base):
+        return problem
     if not all(0 < scale < math.inf for _, scale in settings_of(site, base).values()):
         return f"has scale {site.scale}, expected positive finite numbers"
     return _UNKNOWN_BASE if kind in _KINDS_AMONG_OTHERS and not base.known else None
@@ -76,7 +78,16 @@ def _dora_problem(site: Site, base: Base) -> str | None:
 def _full_problem(site: Site, base: Base) -> str | None:
     if not all("." in rule.name for rule in base.parts[site.path]):
         return "is a parameter outside of any module, which PEFT can't train: exclude it"
-    return None if base.known else _UNKNOWN_BASE
+    return _sharing_problem(site, base) or (None if base.known else _UNKNOWN_BASE)
+
+
+def _sharing_problem(site: Site, base: Base) -> str | None:
+    """PEFT ties modules to an embedding alone; biases it trains in place."""
+    tied = base.tied_modules(site.path)
+    in_place = base.rules[site.path].name.endswith(".bias")
+    if not tied or in_place or base.kind(site.path) == "embedding":
+        return None
+    return f"is also the weight of {', '.join(tied)}, which PEFT would leave as it was: exclude it"
 
 
 def _rows_problem(site: Site, base: Base) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from interop import torch_io
 from interop.peft_config import REBASED_INITS
-from interop.peft_layout import Place, base_places, places, put, taken
+from interop.peft_layout import Place, base_places, places, put, saved_again, taken
 from interop.peft_matching import PeftConfig
 from interop.peft_modules import PREFIX, Base
 from interop.peft_rebasing import against_the_original, rebasing_problems
@@ -39,11 +39,13 @@ def sites_and_entries(
     problems += rebasing_problems(config, claims, base) if rebased else []
     sites = sites_of(claims, config.use_dora, base)
     wanted = _wanted(config, tensors, claims, sites, base)
-    of_base = _base_copies(tensors, claims, base)
+    adapted = {place.name for own in wanted.values() for place in own}
+    of_base = base_places(tensors.keys() - adapted, base)
     found = [*of_base.values(), *(place for own in wanted.values() for place in own)]
     tensor_problems = [*_tensor_problems(tensors, {place.name: place.shape for place in found})]
     if not tensor_problems:
-        tensor_problems += _base_problems(tensors, of_base, base)
+        kept = _without_rebased(of_base, base) if rebased else of_base
+        tensor_problems += _base_problems(tensors, kept, base)
     raise_all(f"{source} does not fit the model", [*problems, *tensor_problems])
     arrays = {site.path: _arrays(site, wanted[site.path], tensors) for site in sites}
     raise_all(f"{source} does not fit the model", _copy_problems(tensors, wanted, arrays))
@@ -62,13 +64,24 @@ def _wanted(
     """The tensors of each site."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     swapped = swapped_parameters(config, shapes, claims.settings, base)
-    return {site.path: places(site, base, claims.settings, swapped) for site in sites}
+    again = saved_again(tensors)
+    own = {site.path: places(site, base, claims.settings, swapped) for site in sites}
+    return {
+        path: [
+            *found,
+            *(p._replace(name=n, is_copy=True) for p in found for n in again.get(p.name, ())),
+        ]
+        for path, found in own.items()
+    }
 
 
-def _base_copies(tensors: torch_io.Tensors, claims: Claims, base: Base) -> dict[str, Place]:
-    """What of the file is a copy of the base, by name."""
-    modules = [name for name in claims.settings if name in base.modules]
-    return {n: place for n, place in base_places(modules, base).items() if n in tensors}
+def _without_rebased(of_base: Mapping[str, Place], base: Base) -> dict[str, Place]:
+    """Without linear layers' weights, of which PEFT stores what their first update has left."""
+    return {
+        name: place
+        for name, place in of_base.items()
+        if base.kind(place.field) == "embedding" or not name.endswith(".base_layer.weight")
+    }
 
 
 def _base_problems(

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interop.keymaps import Index, indices
-from interop.peft_matching import PeftConfig, Setting, adapted_modules, saved_tensors, shown
+from interop.peft_matching import (
+    PeftConfig,
+    Setting,
+    adapted_modules,
+    saved_tensors,
+    settings_by_patterns,
+    shown,
+)
 from interop.peft_modules import PARAMETERS, Base, roles_of, saved_module
 from lora_jax.site import Site
 
@@ -283,10 +290,26 @@ def _in_some_layers(by_leaf: ByLeaf, base: Base) -> Iterator[tuple[str, str]]:
 def _tying_problems(config: PeftConfig, claims: Claims, base: Base) -> Iterator[str]:
     for path in {**claims.pair, **claims.full}:
         tied = base.tied_modules(path)
-        if tied and not config.ensure_weight_tying:
+        if tied and not (config.ensure_weight_tying and base.kind(path) == "embedding"):
             yield (
                 f"{path!r} is also the weight of {', '.join(tied)}, which this adapter leaves as "
-                "it was: train it with ensure_weight_tying=True, or untie the base's weights"
+                "it was: train it with ensure_weight_tying=True if it is an embedding, or untie "
+                "the base's weights"
             )
+        if tied and path in claims.pair:
+            yield from _scale_problems(path, tied, claims, config)
         if tied and config.use_dora and path in claims.pair:
             yield f"{path!r} is tied to {', '.join(tied)}, each with a DoRA magnitude of its own"
+
+
+def _scale_problems(
+    path: str, tied: Sequence[str], claims: Claims, config: PeftConfig
+) -> Iterator[str]:
+    """PEFT takes the scale of a tied module from the patterns for its own name."""
+    own = next(iter(claims.pair[path].values()))
+    for name, other in settings_by_patterns(config, tied).items():
+        if other.scale != own.scale:
+            yield (
+                f"{path!r} has the scale {own.scale:g}, and {name}, to which it is tied, has "
+                f"{other.scale:g}: rank_pattern and alpha_pattern have to say the same of both"
+            )

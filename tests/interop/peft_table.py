@@ -223,6 +223,10 @@ CASES = {
     "Llama, tied embedding": Case("tied Llama", dict(
         target_modules=["embed_tokens", "q_proj"], **TIE,
     )),
+    "Llama, tied embedding of another rank and scale": Case("tied Llama", dict(
+        target_modules=["embed_tokens", *QKV], rank_pattern={"embed_tokens|lm_head": 3},
+        alpha_pattern={"lm_head": 8, "embed_tokens": 8}, **TIE,
+    )),
     "Llama, any ending is saved": Case("Llama", dict(target_modules=QKV, modules_to_save=["norm"])),
     "Llama, a block is saved": Case("biased Llama", dict(
         target_modules=["up_proj", *QKV], modules_to_save=["self_attn"],
@@ -279,6 +283,9 @@ CASES = {
     "Mixtral, experts, router and attention": Case("Mixtral", dict(
         target_modules=["q_proj"], rank_pattern={"q_proj": 3},
         target_parameters=["gate.weight", "experts.down_proj"],
+    )),
+    "Mixtral, experts by the names of old": Case("Mixtral", dict(
+        target_modules=["q_proj", "w1", "w2", "w3"],
     )),
     "Qwen3-MoE, experts beside attention": Case("Qwen3-MoE", dict(
         target_modules=["o_proj"], target_parameters=["experts.gate_up_proj"], use_rslora=True,

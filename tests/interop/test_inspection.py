@@ -109,6 +109,19 @@ def test_updates_are_those_of_peft(tmp_path, config, pickled):
         assert file.rows["table"].indices == (3, 7)
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_of_several_ranks_or_scales_are_those_of_peft(tmp_path, key):
+    config = {"target_modules": ["fc"], "target_parameters": ["experts.down", "experts.up"]}
+    model = saved(tmp_path, **config, **{key: {"experts.down": 5}})
+    expected, file = updates(model), peft_file.read(tmp_path).adapter
+    assert file.modules.keys() == expected.keys() >= {"experts.base_layer", "experts"}
+    for name, module in file.modules.items():
+        found = delta_weight(module)
+        np.testing.assert_allclose(found, expected[name].reshape(found.shape), atol=1e-5)
+    assert any("in this order" in note for note in file.notes) == (key == "alpha_pattern")
+
+
 def test_names_with_the_adapters_own_name_are_read(tmp_path):
     saved(tmp_path, target_modules=["fc"])
     weights = tmp_path / "adapter_model.safetensors"

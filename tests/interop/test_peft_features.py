@@ -73,6 +73,13 @@ def test_what_peft_converted_is_a_plain_adapter(tmp_path, init, use_rslora):
     assert "twice the rank" not in notes("mlp", tmp_path / "plain")
 
 
+def test_what_peft_converted_from_lora_ga_is_a_plain_adapter_too(tmp_path):
+    """Its config keeps what it started from."""
+    save_with_peft(CASES["linear"], tmp_path)
+    edit_config(tmp_path, lora_ga_config={"direction": "ArB2r"}, corda_config={"verbose": True})
+    read("mlp", tmp_path)
+
+
 def test_an_unconverted_start_needs_values_and_says_what_was_done(tmp_path):
     save_with_peft(CASES["linear, pissa"], tmp_path)
     shapes = jax.eval_shape(lambda: base_params("mlp"))
@@ -254,6 +261,42 @@ def test_experts_of_one_layer_that_differ_are_refused(tmp_path):
     )
 
 
+SHARED = Keymap(
+    (Rule("words", "words.weight", (), "embedding"), Rule("a", "a.weight", (), "linear")),
+    copies={"head.weight": "words.weight", "b.weight": "a.weight"},
+)
+"""Modules that share a weight and have no row of their own."""
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "other"),
+    [("words", ("lora_embedding_A", "lora_embedding_B"), "head"),
+     ("a", ("lora_A.weight", "lora_B.weight"), "b")],
+)  # fmt: skip
+def test_an_adapter_of_one_of_those_that_share_a_weight_is_refused(tmp_path, target, fields, other):
+    params = {name: jnp.ones((6, 6)) for name in ("words", "a")}
+    stored = {f"base_model.model.{target}.{field}": np.ones(shape, "f4")
+              for field, shape in zip(fields, ((2, 6), (6, 2)), strict=True)}  # fmt: skip
+    torch_io.write(tmp_path / WEIGHTS, stored)
+    config = dict(peft_type="LORA", r=2, lora_alpha=2, target_modules=[target])
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    text = f"{target!r} is also the weight of {other}"
+    assert text in refusal(peft.read, tmp_path, params, keymap=SHARED)
+    plan = lora.plan_from_axes(params, lora.LoraConfig(rank=2, targets="a"), {".*": "out in"})
+    given = {"keymap": SHARED, "params": params}
+    assert "'a' is also the weight of b" in refusal(peft.require_writable, plan, **given)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_tied_head_of_another_scale_is_refused(tmp_path, key):
+    """PEFT gives it the scale of its own name."""
+    tied = dict(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    save_with_peft(Case("tied Llama", {**tied, key: {"embed_tokens": 4}}), tmp_path)
+    own = {"rank_pattern": "0.75", "alpha_pattern": "2"}[key]
+    message = refusal(read, "tied Llama", tmp_path)
+    assert f"has the scale {own}, and lm_head, to which it is tied, has 1.5" in message
+
+
 NOTED = {
     "an order that decides": (
         "stacked", dict(target_modules=["fc"], alpha_pattern={"fc": 1, "layers.1.fc": 5}),
@@ -268,6 +311,10 @@ NOTED = {
     "a tied table": (
         "tied Llama", dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
         "merges its update twice into the weight that it shares with lm_head",
+    ),
+    "rows of a tied table": (
+        "tied Llama", dict(target_modules=["q_proj"], trainable_token_indices=[3]),
+        "its trained rows count in lm_head too, as PEFT has it in models of transformers alone",
     ),
 }  # fmt: skip
 
