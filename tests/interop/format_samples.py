@@ -49,3 +49,13 @@ def told(file):
 def bytes_of(path):
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [(file.name if path.is_dir() else "", file.read_bytes()) for file in files]
+
+
+def many_entries(name, count=100_000):
+    """The bytes of a safetensors file of so many tensors of one zero each."""
+    entries = (
+        f'"{name.format(k)}":{{"dtype":"F32","shape":[1,1],"data_offsets":[{4 * k},{4 * k + 4}]}}'
+        for k in range(count)
+    )
+    header = "{" + ",".join(entries) + "}"
+    return len(header).to_bytes(8, "little") + header.encode() + bytes(4 * count)
