@@ -280,6 +280,6 @@ def test_smollm2_is_what_transformers_reads(smollm2_path, smollm2_file):
     config = gguf.read_config(smollm2_file)
     model = loaded_by_transformers(smollm2_path)
     assert_same_weights(gguf.read_params(smollm2_file, config), model)
-    assert config.norm.eps == pytest.approx(model.config.norm.eps, rel=1e-7)
+    assert config.norm.eps == pytest.approx(model.config.rms_norm_eps, rel=1e-7)
     assert config.layer_kinds[0].rope.theta == model.config.rope_parameters["rope_theta"]
     assert config.max_positions == model.config.max_position_embeddings

@@ -49,14 +49,16 @@ def test_merge_mode_gives_the_same_loss_and_gradients(run):
     base = load_base("smollm2-135m", "float32", open_console())
     adapter, plan = read_adapter(run / "adapter", base)
     options = DataOptions(ROOT / "examples/data/identity_heldout.jsonl", batch_size=1)
-    batch = next(eval_batches(*pack(options, read(options).train, base, open_console())))
+    packed = pack(options, read(options).train, base, open_console())
+    micro_batches = next(eval_batches(*packed))
+    example = (jax.tree.map(lambda leaf: leaf[0], micro_batches), None)
     model_fn = logits_of_batch(base.config)
 
     def value_and_grad(mode):
         loss_fn = adapted_loss(model_fn, plan, mode=mode)
 
         def mean(adapter):
-            loss = loss_fn(adapter, base.params, batch)
+            loss = loss_fn(adapter, base.params, example)
             return loss.total / loss.tokens
 
         return jax.jit(jax.value_and_grad(mean))(adapter)
@@ -67,5 +69,5 @@ def test_merge_mode_gives_the_same_loss_and_gradients(run):
     for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(merged_grads), strict=True):
         assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b)
     fresh = lora.init(jax.random.key(0), base.params, plan)
-    untrained = adapted_loss(model_fn, plan)(fresh, base.params, batch)
+    untrained = adapted_loss(model_fn, plan)(fresh, base.params, example)
     assert float(untrained.total / untrained.tokens) > 2 * float(ours)
