@@ -87,7 +87,7 @@ _MINIMIND_FIRST = Family(
         Attribute("hidden_dim", "intermediate_size", default=_multiple_of_64),
         layers_of("n_layers", 8),
         Attribute("n_heads", "num_heads", default=8),
-        Attribute("n_kv_heads", "num_kv_heads", default=2),
+        Attribute("n_kv_heads", "num_kv_heads", default=2, null=lambda found: found["n_heads"]),
         Attribute("max_seq_len", "max_positions", default=8192),
         eps(1e-5, "norm_eps"),
         tied(True),

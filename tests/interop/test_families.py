@@ -22,7 +22,7 @@ from lora_jax.models.forms import LayerKind, Rope
 from lora_jax.models.generate import generate, language_model
 from lora_jax.models.rope import frequencies
 
-from family_cases import CASES, GPT2, OPT, SIZES, TOKENS, built, compiled, trace
+from family_cases import CASES, GPT2, OPT, SIZES, TOKENS, YARN, built, compiled, trace
 from small_models import random_params
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -184,6 +184,15 @@ def test_dynamic_scaling_refuses_rows_that_would_stretch():
         jax.eval_shape(Decoder(case.config).apply, {"params": case.params}, longer)
 
 
+def test_the_last_position_of_dynamic_scaling_is_answered():
+    case = built("llama dynamic")
+    prompt = [*TOKENS[0], *TOKENS[1, :16]]  # 40 tokens, which are padded to 64
+    answers = generate(language_model(case.config), case.params, [prompt], max_new_tokens=24)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=24, use_cache=False)
+    theirs = case.model.generate(torch.tensor([prompt]), generation_config=settings)
+    assert answers[0] == theirs[0, 40:].tolist()
+
+
 @pytest.mark.parametrize(
     ("name", "strip"), [("gpt2", "transformer."), ("opt", "model.")], ids=["gpt2", "opt"]
 )
@@ -267,6 +276,40 @@ def test_absent_attributes_have_the_defaults_of_transformers(name):
     config_class = getattr(transformers, FAMILIES[name].architecture).config_class
     theirs = config_class(**sizes).to_dict() | {"dtype": "float32"}
     assert from_attributes(sizes) == from_attributes(theirs)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3"])
+def test_a_null_for_key_heads_is_one_for_each_query_head(name):
+    import transformers
+
+    sizes = smallest(name) | {"num_attention_heads": 8, "num_key_value_heads": None}
+    theirs = getattr(transformers, FAMILIES[name].architecture).config_class(**sizes).to_dict()
+    assert from_attributes(sizes) == from_attributes(theirs)
+    assert from_attributes(sizes).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "rounded"),
+    [
+        ({}, True),
+        ({"truncate": True}, True),
+        ({"truncate": False}, False),
+        ({"truncate": None}, False),
+    ],
+)
+def test_the_ends_of_a_ramp_are_rounded_as_transformers_rounds_them(said, rounded):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    attributes = smallest("llama") | {"rope_theta": 500.0, "rope_parameters": {**YARN, **said}}
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**attributes))
+    config = from_attributes(attributes)
+    rope = config.layer_kinds[0].rope
+    np.testing.assert_allclose(frequencies(config, rope).per_feature, theirs, rtol=1e-6)
+    assert rope.scaling.truncate == rounded
+    scaling = dataclasses.replace(rope.scaling, truncate=not rounded)
+    other = frequencies(config, dataclasses.replace(rope, scaling=scaling)).per_feature
+    assert not np.allclose(other, theirs, rtol=1e-3)
 
 
 SETTINGS = (
