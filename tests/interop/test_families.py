@@ -301,7 +301,8 @@ def test_the_ends_of_a_ramp_are_rounded_as_transformers_rounds_them(said, rounde
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    attributes = smallest("llama") | {"rope_theta": 500.0, "rope_parameters": {**YARN, **said}}
+    yarn = {**YARN, "original_max_position_embeddings": 64, **said}
+    attributes = smallest("llama") | {"rope_theta": 500.0, "rope_parameters": yarn}
     theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**attributes))
     config = from_attributes(attributes)
     rope = config.layer_kinds[0].rope
