@@ -89,8 +89,7 @@ def alternating(rope: RopeScheme, window: int, period: int, *, said: bool = Fals
 
     def windowed(found: Found) -> list[bool]:
         every = found.get("sliding_window_pattern", period)
-        window = found["sliding_window"] is not None
-        return [window and bool((n + 1) % every) for n in range(_count(found))]
+        return [bool((n + 1) % every) for n in range(_count(found))]
 
     pattern = (Attribute("sliding_window_pattern", None, default=period, above=0),) if said else ()
     return LayerScheme(rope, windowed, (_sliding(window), *pattern, _TYPES))
@@ -130,6 +129,8 @@ def layer_faults(scheme: LayerScheme, given: Found, found: Found) -> list[str]:
         wrong.append(f"layer_types={types!r} (unknown: {', '.join(map(repr, unknown))})")
     if SLIDING in types and _window(found) is None:
         wrong.append(f"layer_types={types!r} (there is no sliding_window, or it isn't used)")
+    if not types and _window(found) is None and any(scheme.windowed(found)):
+        wrong.append("sliding_window=None (layers have one where there are no layer_types)")
     if scheme.rope is not None:
         kinds = LAYER_TYPES if scheme.rope.local_theta else (FULL,)
         wrong += [fault for kind in kinds for fault in rope_faults(scheme.rope, given, kind)]

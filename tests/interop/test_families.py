@@ -322,6 +322,7 @@ REFUSED = {
     "no such layer type": ("qwen3", {"layer_types": ["chunked_attention"] * 3}),
     "too few layer types": ("qwen3", {"layer_types": ["full_attention"]}),
     "sliding without a window": ("qwen2", {"layer_types": ["sliding_attention"] * 3}),
+    "windows of no width": ("gemma3_text", {"sliding_window": None}),
     "one rotation for two": ("gemma3_text", {"rope_parameters": {"rope_theta": 5e3}}),
     "norms after": ("opt", {"do_layer_norm_before": False}),
     "projected embeddings": ("opt", {"word_embed_proj_dim": 16}),
