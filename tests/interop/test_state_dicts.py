@@ -144,6 +144,13 @@ def test_two_leaves_of_one_tensor_have_to_agree():
         to_torch({"embed": embed, "head": embed.T + 1}, table)
 
 
+def test_leaves_that_are_no_arrays_are_named():
+    tree, table = {"w": np.zeros((4, 6)), "activation": jnp.tanh}, keymap(("w", "weight"))
+    for call in (lambda: to_torch(tree, table), lambda: from_torch({}, table, tree)):
+        with pytest.raises(InputError, match=r"no arrays: leave them out, .*: activation"):
+            call()
+
+
 def drawn(dtype):
     values = np.random.default_rng(0).integers(0, 2, (4, 6))
     return values.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
