@@ -5,7 +5,7 @@ import math
 from interop.family import SILU, Family, Found, eps, layers_of, sizes, tied
 from interop.family_keymaps import MINIMIND_EXPERTS, MINIMIND_FIRST, MINIMIND_FIRST_EXPERTS
 from interop.hf_attributes import Attribute
-from interop.hf_layers import never
+from interop.hf_layers import never, never_unless_said
 from interop.hf_rope import RopeScheme
 
 _MINIMIND_HARMLESS = frozenset(
@@ -42,13 +42,9 @@ _MINIMIND = Family(
         tied(True),
         SILU,
     ),
-    never(RopeScheme(1_000_000.0)),
+    never_unless_said(RopeScheme(1_000_000.0)),
     form={"norm.heads": True},
-    fixed={
-        "use_moe": (False,),
-        "dropout": (0.0,),
-        "inference_rope_scaling": lambda given: ("rope_scaling" in given,),
-    },
+    fixed={"use_moe": (False,), "dropout": (0.0,)},
     harmless=_MINIMIND_HARMLESS,
     counterpart="qwen3",
 )

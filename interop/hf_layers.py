@@ -12,6 +12,7 @@ from interop.hf_rope import (
     rope_attributes,
     rope_faults,
     rope_of,
+    stretches,
 )
 from lora_jax.models.forms import LayerKind, Rope
 
@@ -46,12 +47,18 @@ def _sliding(default: int | None) -> Attribute:
 
 
 _USED = Attribute("use_sliding_window", None, (bool,), False)
+_STRETCHED = "inference_rope_scaling"
 _TYPES = Attribute("layer_types", None, (list,), items=(str,))
 
 
 def never(rope: RopeScheme | None) -> LayerScheme:
     """No windows."""
     return LayerScheme(rope)
+
+
+def never_unless_said(rope: RopeScheme) -> LayerScheme:
+    """No windows; rotations are stretched only together with ``inference_rope_scaling``."""
+    return LayerScheme(rope, attributes=(Attribute(_STRETCHED, None, (bool,), False),))
 
 
 def always(rope: RopeScheme, window: int | None) -> LayerScheme:
@@ -134,6 +141,11 @@ def layer_faults(scheme: LayerScheme, given: Found, found: Found) -> list[str]:
     if scheme.rope is not None:
         kinds = LAYER_TYPES if scheme.rope.local_theta else (FULL,)
         wrong += [fault for kind in kinds for fault in rope_faults(scheme.rope, given, kind)]
+    said = found.get(_STRETCHED)
+    if scheme.rope is not None and not wrong and said is not None:
+        stretched = stretches(scheme.rope, given, FULL)
+        if said != stretched:
+            wrong.append(f"{_STRETCHED}={said!r} (known: {stretched!r}, beside these rotations)")
     return wrong
 
 
@@ -173,6 +185,7 @@ def layer_attributes(scheme: LayerScheme, kinds: Sequence[LayerKind]) -> dict[st
         "sliding_window": next(filter(None, windows), None),
         "max_window_layers": next((n for n, w in enumerate(windows) if w), len(windows)),
         "no_rope_layers": [int(kind.rope is not None) for kind in kinds],
+        _STRETCHED: any(kind.rope and kind.rope.scaling for kind in kinds),
         "layer_types": [SLIDING if window else FULL for window in windows],
     }
     names = {attribute.name for attribute in scheme.attributes}

@@ -174,6 +174,13 @@ def rope_of(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> Rope:
     )
 
 
+def stretches(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> bool:
+    """Whether attributes without faults say that a type of layers has longer waves."""
+    return any(
+        _type(group, scheme) != "default" for group in _groups(scheme, given, layers).values()
+    )
+
+
 def rope_attributes(scheme: RopeScheme, full: Rope, sliding: Rope) -> dict[str, Any]:
     """What `rope_of` reads as these two, for transformers 5 (``rope_parameters``) and 4."""
     said = {FULL: _written(full), SLIDING: _written(sliding)}

@@ -17,6 +17,7 @@ from interop.families import FAMILIES, keymap_of
 from interop.hf_attributes import REQUIRED
 from interop.hf_config import fixed_attributes, from_attributes, to_attributes
 from lora_jax.errors import InputError
+from lora_jax.files import read_json
 from lora_jax.models.decoder import Decoder, leaf_shapes
 from lora_jax.models.forms import LayerKind, Rope
 from lora_jax.models.generate import generate, language_model
@@ -429,7 +430,23 @@ def test_the_current_minimind_is_qwen3(scaling, tmp_path):
     params = random_params(config)
     hf.write(tmp_path / "out", config, params)
     assert hf.read(tmp_path / "out")[0] == config
+    written = read_json(tmp_path / "out" / "config.json")
+    assert written["inference_rope_scaling"] is (scaling is not None)
     theirs = hf.to_transformers(config, params)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     with torch.no_grad():
         close(trace(config, params, TOKENS)[1], theirs(torch.from_numpy(TOKENS)).logits.numpy())
+
+
+STRETCHED = {"type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0}
+
+
+@pytest.mark.parametrize("group", ["rope_scaling", "rope_parameters"])
+def test_minimind_stretches_rotations_only_where_it_says_so(group):
+    said = {**SIZES, "model_type": "minimind", group: STRETCHED}
+    config = from_attributes(said | {"inference_rope_scaling": True})
+    assert config.layer_kinds[0].rope.scaling.factor == 16
+    for other in (said, said | {"inference_rope_scaling": False}):
+        assert "inference_rope_scaling=False (known: True" in refusal(other)
+    plain = said | {group: None, "inference_rope_scaling": True}
+    assert "inference_rope_scaling=True (known: False" in refusal(plain)
