@@ -112,6 +112,10 @@ _MINIMIND_FIRST_WITH_EXPERTS = _MINIMIND_FIRST._replace(
     form={
         **_MINIMIND_FIRST.form,
         "experts.width": lambda found: found["hidden_dim"],
+        # a token's only expert keeps its probability
+        "experts.renormalised": lambda found: (
+            found["norm_topk_prob"] and found["num_experts_per_tok"] > 1
+        ),
         "experts.shared_width": lambda found: (
             0 if found["n_shared_experts"] is None else found["hidden_dim"]
         ),
