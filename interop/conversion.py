@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from interop.copying import copy_into
+from interop.keymap_faults import require_sound
 from interop.keymaps import (
     Keymap,
     Rule,
@@ -24,7 +25,7 @@ from interop.keymaps import (
     tensor_shape,
     tensor_view,
 )
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, raise_listed
 
 
 class TensorInfo(NamedTuple):
@@ -90,7 +91,8 @@ def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
     ``safetensors.numpy`` does not. Dtypes are kept exactly.
 
     Raises:
-      InputError: leaves that the table has no rule for, all of them named.
+      InputError: leaves that the table has no rule for, or whose rules don't fit them, all of
+        them named; leaves of other values that would be one tensor.
 
     >>> from interop.keymaps import LLAMA
     >>> weights = to_torch({"lm_head": {"kernel": np.zeros((4, 8))}}, LLAMA)
@@ -98,16 +100,23 @@ def to_torch(params: Mapping[str, Any], table: Keymap) -> dict[str, np.ndarray]:
     {'lm_head.weight': (8, 4)}
     """
     leaves = flatten(params)
-    rules = by_path(table.over(leaves))
+    table = table.over(leaves)
+    rules = by_path(table)
     if unknown := sorted(set(leaves) - set(rules)):
         raise InputError(f"no tensor name for {', '.join(unknown)}: the table has {sorted(rules)}")
-    return {
-        name: tensor
+    require_sound(table, {path: np.shape(leaf) for path, leaf in leaves.items()})
+    named = [
+        (name, tensor.reshape(tensor_shape(rule, np.shape(leaf))))
         for path, leaf in leaves.items()
         for rule in rules[path]
         for name, tensor in _tensors(rule, np.asarray(leaf))
-        for tensor in [tensor.reshape(tensor_shape(rule, np.shape(leaf)))]
-    }
+    ]
+    tensors = dict(named)
+    raise_listed(
+        "leaves that differ and would be one tensor",
+        sorted({n for n, t in named if t is not tensors[n] and not np.array_equal(t, tensors[n])}),
+    )
+    return tensors
 
 
 def from_torch(
@@ -129,7 +138,8 @@ def from_torch(
       A nested dict of new arrays; ``state_dict`` shares no memory with it.
 
     Raises:
-      InputError: missing, unexpected, mis-shaped and non-floating-point tensors, all named.
+      InputError: missing, unexpected, mis-shaped and non-floating-point tensors, all named;
+        leaves that the table's rules don't fill exactly once.
 
     >>> from interop.keymaps import LLAMA
     >>> params = from_torch({"model.norm.weight": np.ones(4)}, LLAMA, {"norm/scale": (4,)})
@@ -153,7 +163,9 @@ def assemble(
     Everything is checked on ``found`` before the first fetch; each tensor goes straight into
     its leaf, so beside the result no more than one tensor is alive.
     """
-    rules = by_path(table.over(expected_shapes))
+    table = table.over(expected_shapes)
+    require_sound(table, expected_shapes)
+    rules = by_path(table)
     wanted = [(rule, shape) for path, shape in expected_shapes.items() for rule in rules[path]]
     _require_fit(found, fetch, table, wanted, same_dtype=dtype is None)
     leaves = {}
@@ -201,7 +213,7 @@ def _require_fit(
         "not floating point": [
             f"{name} is {info.dtype}" for name, info in present.items() if info.dtype not in _FLOATS
         ],
-        "differing dtypes in one stack": _mixed(found, wanted) if same_dtype else [],
+        "differing dtypes in one leaf": _mixed(found, wanted) if same_dtype else [],
         "not the copy it should be": [
             f"{name} of {original}"
             for name, original in copies.items()
@@ -220,11 +232,15 @@ def _ignorable(name: str, table: Keymap) -> bool:
 
 
 def _mixed(found: Mapping[str, TensorInfo], wanted: list[tuple[Rule, Shape]]) -> list[str]:
-    dtypes = {
-        rule.name: sorted({str(found[name].dtype) for name in _names(rule, shape) if name in found})
-        for rule, shape in wanted
-    }
-    return [f"{name} is {' and '.join(kinds)}" for name, kinds in dtypes.items() if len(kinds) > 1]
+    names, dtypes = defaultdict(list), defaultdict(set)
+    for rule, shape in wanted:
+        names[rule.path].append(rule.name)
+        dtypes[rule.path] |= {str(found[n].dtype) for n in _names(rule, shape) if n in found}
+    return [
+        f"{', '.join(names[path])} is {' and '.join(sorted(kinds))}"
+        for path, kinds in dtypes.items()
+        if len(kinds) > 1
+    ]
 
 
 def _grouped(lines: Iterable[str]) -> list[str]:

@@ -48,7 +48,10 @@ class Family(NamedTuple):
 
 
 def sizes(**defaults: Any) -> tuple[Attribute, ...]:
-    """The sizes of most families; one whose default isn't said has to be given."""
+    """The sizes of most families; one whose default isn't said has to be given.
+
+    A null for key and value heads, or for a head's width, isn't the family's default.
+    """
     names = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -66,7 +69,9 @@ def sizes(**defaults: Any) -> tuple[Attribute, ...]:
     found = {**dict.fromkeys(names, REQUIRED), **derived, **defaults}
     layers = layers_of("num_hidden_layers", found.pop("num_hidden_layers"))
     return tuple(
-        Attribute(name, field, default=found[name]) if name in found else layers
+        Attribute(name, field, default=found[name], null=derived.get(name))
+        if name in found
+        else layers
         for name, field in names.items()
     )
 

@@ -5,7 +5,7 @@ import math
 from interop.family import SILU, Family, Found, eps, layers_of, sizes, tied
 from interop.family_keymaps import MINIMIND_EXPERTS, MINIMIND_FIRST, MINIMIND_FIRST_EXPERTS
 from interop.hf_attributes import Attribute
-from interop.hf_layers import never
+from interop.hf_layers import never, never_unless_said
 from interop.hf_rope import RopeScheme
 
 _MINIMIND_HARMLESS = frozenset(
@@ -42,13 +42,9 @@ _MINIMIND = Family(
         tied(True),
         SILU,
     ),
-    never(RopeScheme(1_000_000.0)),
+    never_unless_said(RopeScheme(1_000_000.0)),
     form={"norm.heads": True},
-    fixed={
-        "use_moe": (False,),
-        "dropout": (0.0,),
-        "inference_rope_scaling": lambda given: ("rope_scaling" in given,),
-    },
+    fixed={"use_moe": (False,), "dropout": (0.0,)},
     harmless=_MINIMIND_HARMLESS,
     counterpart="qwen3",
 )
@@ -87,7 +83,7 @@ _MINIMIND_FIRST = Family(
         Attribute("hidden_dim", "intermediate_size", default=_multiple_of_64),
         layers_of("n_layers", 8),
         Attribute("n_heads", "num_heads", default=8),
-        Attribute("n_kv_heads", "num_kv_heads", default=2),
+        Attribute("n_kv_heads", "num_kv_heads", default=2, null=lambda found: found["n_heads"]),
         Attribute("max_seq_len", "max_positions", default=8192),
         eps(1e-5, "norm_eps"),
         tied(True),
@@ -116,6 +112,10 @@ _MINIMIND_FIRST_WITH_EXPERTS = _MINIMIND_FIRST._replace(
     form={
         **_MINIMIND_FIRST.form,
         "experts.width": lambda found: found["hidden_dim"],
+        # a token's only expert keeps its probability
+        "experts.renormalised": lambda found: (
+            found["norm_topk_prob"] and found["num_experts_per_tok"] > 1
+        ),
         "experts.shared_width": lambda found: (
             0 if found["n_shared_experts"] is None else found["hidden_dim"]
         ),

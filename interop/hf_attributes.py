@@ -67,6 +67,8 @@ class Attribute(NamedTuple):
     """Where the field has other values: by the attribute's. Written is the first that fits."""
     nullable: bool = False
     """A null means None, and not the default."""
+    null: Callable[[Mapping[str, Any]], Any] | None = None
+    """What a null means where that is another value: a function as for ``default``."""
     items: tuple[type, ...] = ()
     """Of a list."""
     above: float | None = None
@@ -104,7 +106,8 @@ def resolved(attributes: Iterable[Attribute], given: Mapping[str, Any]) -> dict[
     for each in attributes:
         default = each.default(found) if callable(each.default) else each.default
         value = given.get(each.name, default)
-        found[each.name] = default if value is None and not each.nullable else value
+        null = None if each.nullable else each.null(found) if each.null else default
+        found[each.name] = null if value is None else value
     return found
 
 

@@ -12,6 +12,7 @@ from interop.hf_rope import (
     rope_attributes,
     rope_faults,
     rope_of,
+    stretches,
 )
 from lora_jax.models.forms import LayerKind, Rope
 
@@ -46,12 +47,18 @@ def _sliding(default: int | None) -> Attribute:
 
 
 _USED = Attribute("use_sliding_window", None, (bool,), False)
+_STRETCHED = "inference_rope_scaling"
 _TYPES = Attribute("layer_types", None, (list,), items=(str,))
 
 
 def never(rope: RopeScheme | None) -> LayerScheme:
     """No windows."""
     return LayerScheme(rope)
+
+
+def never_unless_said(rope: RopeScheme) -> LayerScheme:
+    """No windows; rotations are stretched only together with ``inference_rope_scaling``."""
+    return LayerScheme(rope, attributes=(Attribute(_STRETCHED, None, (bool,), False),))
 
 
 def always(rope: RopeScheme, window: int | None) -> LayerScheme:
@@ -89,8 +96,7 @@ def alternating(rope: RopeScheme, window: int, period: int, *, said: bool = Fals
 
     def windowed(found: Found) -> list[bool]:
         every = found.get("sliding_window_pattern", period)
-        window = found["sliding_window"] is not None
-        return [window and bool((n + 1) % every) for n in range(_count(found))]
+        return [bool((n + 1) % every) for n in range(_count(found))]
 
     pattern = (Attribute("sliding_window_pattern", None, default=period, above=0),) if said else ()
     return LayerScheme(rope, windowed, (_sliding(window), *pattern, _TYPES))
@@ -130,9 +136,16 @@ def layer_faults(scheme: LayerScheme, given: Found, found: Found) -> list[str]:
         wrong.append(f"layer_types={types!r} (unknown: {', '.join(map(repr, unknown))})")
     if SLIDING in types and _window(found) is None:
         wrong.append(f"layer_types={types!r} (there is no sliding_window, or it isn't used)")
+    if not types and _window(found) is None and any(scheme.windowed(found)):
+        wrong.append("sliding_window=None (layers have one where there are no layer_types)")
     if scheme.rope is not None:
         kinds = LAYER_TYPES if scheme.rope.local_theta else (FULL,)
         wrong += [fault for kind in kinds for fault in rope_faults(scheme.rope, given, kind)]
+    said = found.get(_STRETCHED)
+    if scheme.rope is not None and not wrong and said is not None:
+        stretched = stretches(scheme.rope, given, FULL)
+        if said != stretched:
+            wrong.append(f"{_STRETCHED}={said!r} (known: {stretched!r}, beside these rotations)")
     return wrong
 
 
@@ -172,6 +185,7 @@ def layer_attributes(scheme: LayerScheme, kinds: Sequence[LayerKind]) -> dict[st
         "sliding_window": next(filter(None, windows), None),
         "max_window_layers": next((n for n, w in enumerate(windows) if w), len(windows)),
         "no_rope_layers": [int(kind.rope is not None) for kind in kinds],
+        _STRETCHED: any(kind.rope and kind.rope.scaling for kind in kinds),
         "layer_types": [SLIDING if window else FULL for window in windows],
     }
     names = {attribute.name for attribute in scheme.attributes}

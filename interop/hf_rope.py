@@ -86,6 +86,7 @@ def _factors(name: str) -> Attribute:
     return Attribute(name, name, (list,), REQUIRED, items=NUMBER, above=_LEAST_FACTOR)
 
 
+_NULL_IS_NO = ("truncate",)  # where transformers asks for its truth, and absence means yes
 _AMPLITUDE = Attribute("attention_factor", "attention_factor", NUMBER)
 _TYPES: dict[str, _Type | None] = {
     "default": None,
@@ -173,6 +174,13 @@ def rope_of(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> Rope:
     )
 
 
+def stretches(scheme: RopeScheme, given: Mapping[str, Any], layers: str) -> bool:
+    """Whether attributes without faults say that a type of layers has longer waves."""
+    return any(
+        _type(group, scheme) != "default" for group in _groups(scheme, given, layers).values()
+    )
+
+
 def rope_attributes(scheme: RopeScheme, full: Rope, sliding: Rope) -> dict[str, Any]:
     """What `rope_of` reads as these two, for transformers 5 (``rope_parameters``) and 4."""
     said = {FULL: _written(full), SLIDING: _written(sliding)}
@@ -199,10 +207,12 @@ def _groups(
         groups["rope_parameters"] = groups["rope_parameters"].get(layers) or {}
     if scheme.local_theta and layers == SLIDING:
         groups.pop("rope_scaling", None)
-    return {
-        name: {key: value for key, value in group.items() if value is not None}
-        for name, group in groups.items()
-    }
+    return {name: _without_nulls(group) for name, group in groups.items()}
+
+
+def _without_nulls(group: Mapping[str, Any]) -> dict[str, Any]:
+    nulls = {key: False for key in _NULL_IS_NO if key in group}
+    return nulls | {key: value for key, value in group.items() if value is not None}
 
 
 def _one_group_a_type(given: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from interop import conversion
 from interop.dlpack import as_numpy, as_torch
 from interop.keymaps import Keymap
+from lora_jax.errors import raise_listed
 from lora_jax.paths import named_leaves, replace_leaves
 
 
@@ -27,11 +28,11 @@ def to_torch(params: Any, table: Keymap) -> dict[str, Any]:
     not be trained, for the leaves would change with it.
 
     Args:
-      params: any pytree of arrays: nested dicts, Flax NNX state, an Equinox module.
+      params: any pytree of arrays: nested dicts, Flax NNX state, the arrays of an Equinox module.
       table: `interop.keymap_rows.keymap`, or a family's.
 
     Raises:
-      InputError: leaves that the table has no rule for.
+      InputError: leaves that are no arrays, or that the table has no rule for or doesn't fit.
 
     >>> import torch
     >>> from interop.keymap_rows import keymap
@@ -46,7 +47,7 @@ def to_torch(params: Any, table: Keymap) -> dict[str, Any]:
     >>> module.load_state_dict(to_torch(params, table))
     <All keys matched successfully>
     """
-    leaves = {path: _writeable(leaf) for path, leaf in named_leaves(params).items()}
+    leaves = {path: _writeable(leaf) for path, leaf in _arrays(params).items()}
     return {name: as_torch(tensor) for name, tensor in conversion.to_torch(leaves, table).items()}
 
 
@@ -65,12 +66,24 @@ def from_torch(
       A tree like ``like`` of new NumPy arrays.
 
     Raises:
-      InputError: missing, unexpected, mis-shaped and non-floating-point tensors, all named.
+      InputError: missing, unexpected, mis-shaped and non-floating-point tensors, all named; leaves
+        that are no arrays, or that the table doesn't fit.
     """
     arrays = {name: _array(tensor) for name, tensor in state_dict.items()}
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(like).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in _arrays(like).items()}
     params = conversion.from_torch(arrays, table, shapes, dtype=dtype)
     return replace_leaves(like, conversion.flatten(params))
+
+
+def _arrays(tree: Any) -> dict[str, Any]:
+    """The leaves by path, once all are known to be arrays or shapes."""
+    leaves = named_leaves(tree)
+    raise_listed(
+        "leaves that are no arrays: leave them out, as equinox.filter(module, equinox.is_array) "
+        "does",
+        (path for path, leaf in leaves.items() if not hasattr(leaf, "shape")),
+    )
+    return leaves
 
 
 def _writeable(leaf: Any) -> np.ndarray:

@@ -120,7 +120,7 @@ def generate(
         params,
         tokens,
         lengths,
-        model.init_cache(len(tokens), tokens.shape[1] + max_new_tokens),
+        model.init_cache(len(tokens), min(tokens.shape[1] + max_new_tokens, model.max_positions)),
         np.asarray(eos_ids, np.int32),
         Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)),
         jax.random.key(0) if key is None else key,

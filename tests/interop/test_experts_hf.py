@@ -221,6 +221,16 @@ def test_the_first_minimind_with_experts_is_a_mixtral_with_rotated_neighbours():
         hf.to_transformers(from_attributes({**MINIMIND_FIRST, **SMALL_FIRST}), params_with(config))
 
 
+@pytest.mark.parametrize(
+    ("said", "renormalised"),
+    [({}, True), ({"norm_topk_prob": False}, False), ({"num_experts_per_tok": 1}, False)],
+)
+def test_the_first_minimind_keeps_the_probability_of_an_only_expert(said, renormalised):
+    config = from_attributes({**MINIMIND_FIRST, **SMALL_FIRST, **said})
+    assert config.experts.renormalised is renormalised
+    assert from_attributes(to_attributes(config, dtype="float32")) == config
+
+
 def params_with(config):
     """Of the same decoder with a shared expert."""
     shared = replace(config, experts=replace(config.experts, shared_width=config.experts.width))

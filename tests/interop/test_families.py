@@ -17,12 +17,13 @@ from interop.families import FAMILIES, keymap_of
 from interop.hf_attributes import REQUIRED
 from interop.hf_config import fixed_attributes, from_attributes, to_attributes
 from lora_jax.errors import InputError
+from lora_jax.files import read_json
 from lora_jax.models.decoder import Decoder, leaf_shapes
 from lora_jax.models.forms import LayerKind, Rope
 from lora_jax.models.generate import generate, language_model
 from lora_jax.models.rope import frequencies
 
-from family_cases import CASES, GPT2, OPT, SIZES, TOKENS, built, compiled, trace
+from family_cases import CASES, GPT2, OPT, SIZES, TOKENS, YARN, built, compiled, trace
 from small_models import random_params
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -184,6 +185,15 @@ def test_dynamic_scaling_refuses_rows_that_would_stretch():
         jax.eval_shape(Decoder(case.config).apply, {"params": case.params}, longer)
 
 
+def test_the_last_position_of_dynamic_scaling_is_answered():
+    case = built("llama dynamic")
+    prompt = [*TOKENS[0], *TOKENS[1, :16]]  # 40 tokens, which are padded to 64
+    answers = generate(language_model(case.config), case.params, [prompt], max_new_tokens=24)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=24, use_cache=False)
+    theirs = case.model.generate(torch.tensor([prompt]), generation_config=settings)
+    assert answers[0] == theirs[0, 40:].tolist()
+
+
 @pytest.mark.parametrize(
     ("name", "strip"), [("gpt2", "transformer."), ("opt", "model.")], ids=["gpt2", "opt"]
 )
@@ -269,6 +279,41 @@ def test_absent_attributes_have_the_defaults_of_transformers(name):
     assert from_attributes(sizes) == from_attributes(theirs)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3"])
+def test_a_null_for_key_heads_is_one_for_each_query_head(name):
+    import transformers
+
+    sizes = smallest(name) | {"num_attention_heads": 8, "num_key_value_heads": None}
+    theirs = getattr(transformers, FAMILIES[name].architecture).config_class(**sizes).to_dict()
+    assert from_attributes(sizes) == from_attributes(theirs)
+    assert from_attributes(sizes).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "rounded"),
+    [
+        ({}, True),
+        ({"truncate": True}, True),
+        ({"truncate": False}, False),
+        ({"truncate": None}, False),
+    ],
+)
+def test_the_ends_of_a_ramp_are_rounded_as_transformers_rounds_them(said, rounded):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {**YARN, "original_max_position_embeddings": 64, **said}
+    attributes = smallest("llama") | {"rope_theta": 500.0, "rope_parameters": yarn}
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**attributes))
+    config = from_attributes(attributes)
+    rope = config.layer_kinds[0].rope
+    np.testing.assert_allclose(frequencies(config, rope).per_feature, theirs, rtol=1e-6)
+    assert rope.scaling.truncate == rounded
+    scaling = dataclasses.replace(rope.scaling, truncate=not rounded)
+    other = frequencies(config, dataclasses.replace(rope, scaling=scaling)).per_feature
+    assert not np.allclose(other, theirs, rtol=1e-3)
+
+
 SETTINGS = (
     "rope_type", "type", "factor", "rope_theta", "short_factor", "long_factor", "beta_fast",
     "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "full_attention",
@@ -278,6 +323,7 @@ REFUSED = {
     "no such layer type": ("qwen3", {"layer_types": ["chunked_attention"] * 3}),
     "too few layer types": ("qwen3", {"layer_types": ["full_attention"]}),
     "sliding without a window": ("qwen2", {"layer_types": ["sliding_attention"] * 3}),
+    "windows of no width": ("gemma3_text", {"sliding_window": None}),
     "one rotation for two": ("gemma3_text", {"rope_parameters": {"rope_theta": 5e3}}),
     "norms after": ("opt", {"do_layer_norm_before": False}),
     "projected embeddings": ("opt", {"word_embed_proj_dim": 16}),
@@ -384,7 +430,23 @@ def test_the_current_minimind_is_qwen3(scaling, tmp_path):
     params = random_params(config)
     hf.write(tmp_path / "out", config, params)
     assert hf.read(tmp_path / "out")[0] == config
+    written = read_json(tmp_path / "out" / "config.json")
+    assert written["inference_rope_scaling"] is (scaling is not None)
     theirs = hf.to_transformers(config, params)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     with torch.no_grad():
         close(trace(config, params, TOKENS)[1], theirs(torch.from_numpy(TOKENS)).logits.numpy())
+
+
+STRETCHED = {"type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0}
+
+
+@pytest.mark.parametrize("group", ["rope_scaling", "rope_parameters"])
+def test_minimind_stretches_rotations_only_where_it_says_so(group):
+    said = {**SIZES, "model_type": "minimind", group: STRETCHED}
+    config = from_attributes(said | {"inference_rope_scaling": True})
+    assert config.layer_kinds[0].rope.scaling.factor == 16
+    for other in (said, said | {"inference_rope_scaling": False}):
+        assert "inference_rope_scaling=False (known: True" in refusal(other)
+    plain = said | {group: None, "inference_rope_scaling": True}
+    assert "inference_rope_scaling=True (known: False" in refusal(plain)

@@ -99,6 +99,58 @@ def test_rows_that_mean_nothing_are_refused(row):
         keymap(("fine", "fine"), row)
 
 
+FUSED = (
+    Rule("w", "gate.weight", (1, 0), "linear", (0, 2)),
+    Rule("w", "up.weight", (1, 0), "linear", (1, 2)),
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "fault"),
+    [
+        (FUSED[:1], (4, 6), r"w \(4, 6\) is filled by part 0 of 2 \(gate\.weight\), expected each"),
+        ((("w", "a"), ("w", "b")), (4, 6), r"part 0 of 1 \(a\), part 0 of 1 \(b\), expected each"),
+        (FUSED, (4, 7), r"w \(4, 7\) can't be cut into 2 equal parts"),
+        ((("v", "a"),), (4, 6), r"w \(4, 6\) has no rule|no tensor name for w"),
+        ((("w", "a", "linear"),), (4,), r"has 1 axes below its stack, and a orders \(1, 0\)"),
+        ((Rule("w", "a", (0, 0)),), (4, 6), r"has 2 axes below its stack, and a orders \(0, 0\)"),
+        ((("w", "h.{i}.a.{e}.b"),), (4,), r"doesn't have the 2 stack axes of h\.{i}\.a\.{e}\.b"),
+        ((("w", "h.{i}.a"),), (0, 6), r"stacks nothing that h\.{i}\.a could be"),
+        ((("w", "a.{e}.h.{i}.b"),), (4, 6), r"needs {i} for the layer, then {e} .* in a\.{e}\.h"),
+        ((("w", "h.{layer}.a"),), (4, 6), r"needs {i} for the layer, then {e} .* in h\.{layer}"),
+    ],
+)
+def test_tables_that_would_leave_a_leaf_unfilled_are_refused(rows, shape, fault):
+    with pytest.raises(InputError, match=fault):
+        from_torch({}, keymap(*rows), {"w": np.zeros(shape)})
+    with pytest.raises(InputError, match=fault):
+        to_torch({"w": np.zeros(shape)}, keymap(*rows))
+
+
+def test_no_part_of_a_leaf_is_rounded_to_another_dtype():
+    whole = np.float32([[1.001, 2.002]])
+    state = to_torch({"w": whole}, keymap(*FUSED))
+    assert from_torch(state, keymap(*FUSED), {"w": whole})["w"].tobytes() == whole.tobytes()
+    state["gate.weight"] = state["gate.weight"].bfloat16()
+    with pytest.raises(InputError, match=r"gate\.weight, up\.weight is bfloat16 and float32"):
+        from_torch(state, keymap(*FUSED), {"w": whole})
+
+
+def test_two_leaves_of_one_tensor_have_to_agree():
+    table = keymap(("embed", "wte.weight", "embedding"), ("head", "wte.weight", "linear"))
+    embed = drawn("float32")
+    assert set(to_torch({"embed": embed, "head": embed.T}, table)) == {"wte.weight"}
+    with pytest.raises(InputError, match=r"would be one tensor: wte\.weight"):
+        to_torch({"embed": embed, "head": embed.T + 1}, table)
+
+
+def test_leaves_that_are_no_arrays_are_named():
+    tree, table = {"w": np.zeros((4, 6)), "activation": jnp.tanh}, keymap(("w", "weight"))
+    for call in (lambda: to_torch(tree, table), lambda: from_torch({}, table, tree)):
+        with pytest.raises(InputError, match=r"no arrays: leave them out, .*: activation"):
+            call()
+
+
 def drawn(dtype):
     values = np.random.default_rng(0).integers(0, 2, (4, 6))
     return values.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
