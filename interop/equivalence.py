@@ -1,9 +1,9 @@
 """Does torch with PEFT compute what is computed here? Both sides on the same tokens, in float32.
 
-The base is built again in ``transformers``, the adapter directory is loaded with ``peft``, and
-base and adapted model are compared layer by layer, logit by logit, and in what they answer; if
-asked, gradient by gradient, and update by update of a training side by side. How far the adapter
-moves the logits is measured too: two models that both ignore it would agree.
+The base is read by ``transformers`` itself or built there again, the adapter directory is loaded
+with ``peft``, and base and adapted model are compared layer by layer, logit by logit, and in what
+they answer; if asked, gradient by gradient, and update by update of a training side by side. How
+far the adapter moves the logits is measured too: two models that both ignore it would agree.
 
 This is for our decoder; `interop.module_comparison` compares any torch module with any function.
 """
@@ -14,7 +14,8 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.generate import LanguageModel, generate, language_model
 from lora_jax.site import Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Rows = Sequence[Sequence[int]]
 
 
@@ -69,6 +73,7 @@ def verify(
     progress: Callable[[str], None] = lambda stage: None,
     gradients: bool = False,
     training: Training | None = None,
+    base_directory: str | Path | None = None,
 ) -> Report:
     """Compare a base and an adapter with the same in ``transformers`` and ``peft``.
 
@@ -86,6 +91,8 @@ def verify(
       progress: called with what is about to be computed.
       gradients: compare those of A and B too, on the first prompts and answers.
       training: train on both sides too, from the adapter on.
+      base_directory: the Hugging Face directory that ``model`` was read from, so that
+        ``transformers`` reads config and weights itself; by default it is given ours.
 
     Raises:
       InputError: the directory doesn't fit the model, or prompts are empty, too long or hold ids
@@ -110,7 +117,7 @@ def verify(
         answers = adapted.answers(prompts, max_new_tokens)
         task = _Task(prompts, answers, max_new_tokens, model.tokenizer.decode, progress)
         progress("building the base in transformers")
-        torch_model = hf.to_transformers(config, params)
+        torch_model = _torch_base(config, params, base_directory)
         blocks = torch_model.get_submodule(blocks_of(keymap_of(hf.counterpart(config))))
         torch_base = _torch_side(torch_model, blocks)
         base_answers = base.answers(prompts, max_new_tokens)
@@ -124,6 +131,15 @@ def verify(
     effect = _max_abs(logits - base_logits)
     positions = sum(map(len, task.rows))
     return Report(base_comparison, comparison, effect, positions, warned, criteria, *found)
+
+
+def _torch_base(
+    config: DecoderConfig, params: Any, directory: str | Path | None
+) -> "PreTrainedModel":
+    """The base as transformers reads it; as ours says it where it can't be read there."""
+    if directory is None or hf.counterpart(config) != config:
+        return hf.to_transformers(config, params)
+    return hf.read_with_transformers(directory, config)
 
 
 def _of_training(

@@ -136,28 +136,49 @@ def to_transformers(config: DecoderConfig, params: Mapping[str, Any]) -> "PreTra
         that transformers doesn't have.
     """
     import torch
-    import transformers
-    from transformers.utils import logging
 
     config, params = in_transformers(config, params)
     weights = {
         name: torch.from_numpy(np.array(array, np.float32, order="C"))
         for name, array in _tensors(config, params, keymap_of(config)).items()
     }
+    model_class = _model_class(config)
+    attributes = to_attributes(config, dtype="float32")
+    own = model_class.config_class(**attributes)
+    return _loaded(model_class, None, config=own, state_dict=weights)
+
+
+def read_with_transformers(directory: str | Path, config: DecoderConfig) -> "PreTrainedModel":
+    """The model of a directory as ``transformers`` reads it: float32, eval mode, nothing fetched.
+
+    Args:
+      directory: holds config.json and the weights.
+      config: what was read from it here, whose family has the class.
+
+    Raises:
+      InputError: a family that transformers doesn't have.
+    """
+    return _loaded(_model_class(config), directory, local_files_only=True)
+
+
+def _model_class(config: DecoderConfig) -> Any:
+    import transformers
+
     name = family_of(config).architecture
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise InputError(f"transformers has no {name}, nor a class of its own that computes it")
-    attributes = to_attributes(config, dtype="float32")
+    return model_class
+
+
+def _loaded(model_class: Any, directory: Any, **options: Any) -> "PreTrainedModel":
+    import torch
+    from transformers.utils import logging
+
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = model_class.from_pretrained(
-            None,
-            config=model_class.config_class(**attributes),
-            state_dict=weights,
-            dtype=torch.float32,
-        )
+        model = model_class.from_pretrained(directory, dtype=torch.float32, **options)
     finally:
         if shows_bars:
             logging.enable_progress_bar()

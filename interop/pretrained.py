@@ -56,6 +56,7 @@ class Pretrained(NamedTuple):
       chat_template: Jinja source; empty where the model has none.
       special_tokens: text of ``bos``, ``eos``, ``pad`` and ``unk``, as far as there are any.
       eos_ids: ids that end an answer.
+      directory: the Hugging Face directory that it was read from, if it was one.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Pretrained(NamedTuple):
     chat_template: str
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
+    directory: Path | None = None
 
 
 def load(
@@ -173,7 +175,7 @@ def _from_directory(request: _Request, path: Path, source: str) -> Pretrained:
     read_config(path)  # first, because it tells a directory that is no model at all
     chat = read_tokenizer(path)
     config, params = hf.read(path, dtype=request.dtype)
-    return _pretrained(request, source, config, params, chat)
+    return _pretrained(request, source, config, params, chat)._replace(directory=path)
 
 
 def _from_hub(request: _Request) -> Pretrained:

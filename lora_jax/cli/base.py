@@ -35,6 +35,7 @@ class Base(NamedTuple):
       chat: tokenizer and template.
       special_tokens: text of ``bos``, ``eos``, ``pad`` and ``unk``, as far as there are any.
       eos_ids: tokens that end an answer.
+      directory: the Hugging Face directory that it was read from, if it was one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Base(NamedTuple):
     chat: ChatFormat
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
+    directory: Path | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,6 +89,7 @@ def load_base(
         chat=ChatFormat(found.tokenizer, found.chat_template, in_template),
         special_tokens=found.special_tokens,
         eos_ids=found.eos_ids,
+        directory=found.directory,
     )
 
 

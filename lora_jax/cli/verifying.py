@@ -48,6 +48,7 @@ def verify_run(options: Options) -> int:
             progress=status.update,
             gradients=options.gradients,
             training=training,
+            base_directory=base.directory,
         )
     console.print(render(report))
     if options.plot and report.training:

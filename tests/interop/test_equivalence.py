@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lora
-from interop import peft, pretrained, torch_io
+from interop import hf, peft, pretrained, torch_io
 from interop.decoder_training import Training, row_batches
 from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
 from interop.families import keymap_of
@@ -160,6 +160,17 @@ def test_another_scale_is_not_verified(model, directory, pair):
     text = text_of(report)
     assert "NOT verified" in text
     assert "adapted model: logits differ" in text
+
+
+def test_a_base_is_compared_with_what_transformers_reads(model, directory, tmp_path):
+    """A config.json that says something else than what was read of it."""
+    asked = {"max_new_tokens": 8, "criteria": CRITERIA}
+    hf.write(tmp_path / "same", model.config, model.params)
+    assert verify(model, directory, PROMPTS, base_directory=tmp_path / "same", **asked).agrees
+    other = replace(model.config, norm=replace(model.config.norm, eps=1e-2))
+    hf.write(tmp_path / "other", other, model.params)
+    report = verify(model, directory, PROMPTS, base_directory=tmp_path / "other", **asked)
+    assert any("base: logits differ" in reason for reason in report.reasons), report.reasons
 
 
 def test_a_corrupted_tensor_and_too_little_evidence_are_named(model, directory, pair, tmp_path):
