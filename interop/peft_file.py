@@ -16,7 +16,7 @@ import numpy as np
 
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
-from interop.peft_config import is_finite, is_rank, read_config
+from interop.peft_config import REBASED_INITS, initialiser, is_finite, is_rank, read_config
 from interop.peft_file_experts import WRAPPED, experts_of, file_settings, untold_scales
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
 from interop.peft_matching import PeftConfig, Setting, adapted_modules
@@ -211,10 +211,11 @@ def _notes(
     experts: Collection[str],
 ) -> Iterator[str]:
     """What a reader of the adapter should know about how config and tensors go together."""
+    bounded = config.init_lora_weights in REBASED_INITS  # By the weight that they start from.
     other = [
         f"{name} has {module.rank}, the config {settings[name].rank}"
         for name, module in modules.items()
-        if module.rank != settings[name].rank
+        if module.rank != settings[name].rank and not (bounded and module.rank == _sides(module)[0])
     ]
     if other:
         yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
@@ -232,8 +233,13 @@ def _notes(
         yield "use_rslora: the scale is alpha/√rank; servers that don't know it take alpha/rank"
 
 
+def _sides(module: ModuleAdapter) -> list[int]:
+    """Input and output features, the smaller first."""
+    return sorted((module.a.shape[-1], module.b.shape[0]))
+
+
 def _rebased(raw: Mapping[str, Any]) -> Iterator[str]:
     """Initialisers that take their first update off the base, which PEFT does again on loading."""
-    init = raw.get("init_lora_weights")
+    init = initialiser(raw.get("init_lora_weights"))
     if isinstance(init, str) and init.startswith(("pissa", "olora")):
         yield f"{init}, not converted: its updates are of a base without their first values"

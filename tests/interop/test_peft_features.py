@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lora_jax as lora
-from interop import peft, torch_io
+from interop import peft, peft_file, torch_io
 from interop.keymaps import Keymap, Rule
 from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
@@ -82,9 +82,28 @@ def test_what_peft_converted_from_lora_ga_is_a_plain_adapter_too(tmp_path):
 
 def test_an_unconverted_start_needs_values_and_says_what_was_done(tmp_path):
     save_with_peft(CASES["linear, pissa"], tmp_path)
-    shapes = jax.eval_shape(lambda: base_params("mlp"))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_params("mlp")
+    )
     assert "give params, not shapes" in refusal(read, "mlp", tmp_path, shapes)
     assert "plain one of twice the rank" in notes("mlp", tmp_path)
+
+
+@pytest.mark.parametrize("init", ["Gaussian", "OLoRA", "MiCA", None])
+def test_a_start_is_spelt_as_peft_takes_it(tmp_path, init):
+    case = Case("mlp", dict(target_modules=["0"]), init)
+    theirs = outputs_there(case, save_with_peft(case, tmp_path))
+    assert json.loads((tmp_path / CONFIG).read_text())["init_lora_weights"] == init
+    assert relative(merged_outputs("mlp", *read("mlp", tmp_path)), theirs) < 1e-5
+
+
+def test_ranks_that_a_start_leaves_out_are_no_fault_of_the_file(tmp_path):
+    save_with_peft(CASES["linear, pissa, ranks above a side"], tmp_path)
+    told = peft_file.read(tmp_path).adapter.notes
+    assert not any("ranks that differ" in note for note in told)
+    edit_config(tmp_path, init_lora_weights=True)
+    told = peft_file.read(tmp_path).adapter.notes
+    assert any("ranks that differ" in note and "4 has 6" in note for note in told)
 
 
 def test_a_start_that_the_values_do_not_determine_is_refused(tmp_path):
