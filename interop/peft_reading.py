@@ -12,7 +12,7 @@ import numpy as np
 
 from interop import torch_io
 from interop.peft_config import REBASED_INITS
-from interop.peft_layout import Place, base_places, places, put, saved_again, taken
+from interop.peft_layout import Place, base_places, optional_copies, places, put, saved_again, taken
 from interop.peft_matching import PeftConfig
 from interop.peft_modules import PREFIX, Base
 from interop.peft_rebasing import against_the_original, rebasing_problems
@@ -65,7 +65,13 @@ def _wanted(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     swapped = swapped_parameters(config, shapes, claims.settings, base)
     again = saved_again(tensors)
-    own = {site.path: places(site, base, claims.settings, swapped) for site in sites}
+    own = {
+        site.path: [
+            *places(site, base, claims.settings, swapped),
+            *(copy for copy in optional_copies(site, base) if copy.name in tensors),
+        ]
+        for site in sites
+    }
     return {
         path: [
             *found,
