@@ -21,6 +21,7 @@ from peft_cases import edit_config, edit_tensors
 from peft_table import (
     CASES,
     KINDS,
+    TIE,
     Case,
     base_model,
     base_outputs,
@@ -304,6 +305,15 @@ def test_an_adapter_of_one_of_those_that_share_a_weight_is_refused(tmp_path, tar
     plan = lora.plan_from_axes(params, lora.LoraConfig(rank=2, targets="a"), {".*": "out in"})
     given = {"keymap": SHARED, "params": params}
     assert "'a' is also the weight of b" in refusal(peft.require_writable, plan, **given)
+
+
+@pytest.mark.parametrize("trained", [dict(target_modules=["wte"]), dict(modules_to_save=["wte"])])
+def test_a_table_that_peft_did_not_tie_is_refused_with_what_ties_it(tmp_path, trained):
+    config = dict(target_modules=["c_attn"]) | trained | TIE
+    save_with_peft(Case("GPT-2", config), tmp_path)
+    message = refusal(read, "GPT-2", tmp_path)
+    assert "'transformer.wte.weight' is also the weight of lm_head, which this adapter" in message
+    assert "name lm_head in place of the table, with ensure_weight_tying=True" in message
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
