@@ -156,7 +156,7 @@ def _patterns(
     plan: Plan, base: Base, value_of: Callable[[Setting], Any], usual: Any
 ) -> dict[str, Any]:
     """One pattern for a leaf whose layers agree, else one a layer: no name matches two."""
-    named, patterns, bare = named_settings(plan, base), {}, set()
+    named, of_modules, bare = named_settings(plan, base), {}, {}
     for site in filter(is_pair, plan.sites):
         values = {m: value_of(s) for m, s in settings_of(site, base).items() if m in named}
         agreed = len(set(values.values())) == 1
@@ -165,23 +165,36 @@ def _patterns(
         # PEFT gives a module that is tied to a table the scale of its own name.
         by_pattern |= {_anchored(m): value for value in values.values()
                        for m in base.tied_modules(site.path)}  # fmt: skip
-        found = {key: value for key, value in by_pattern.items() if value != usual}
-        patterns |= found
-        bare |= {*found} if base.rules[site.path].kind in PARAMETERS else set()
-    return _joined(patterns, bare)
+        (bare if base.rules[site.path].kind in PARAMETERS else of_modules).update(by_pattern)
+    return _joined(of_modules, bare, usual)
 
 
-def _joined(patterns: Mapping[str, Any], bare: Iterable[str]) -> dict[str, Any]:
-    """With one pattern for bare parameters and the modules of the same value.
+def _joined(of_modules: Mapping[str, Any], bare: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """The patterns of values that aren't the usual one; each matches a module if there is any.
 
-    >>> _joined({"^a": 2, "^b": 2, "^c": 3}, ["^b"])
+    PEFT warns of others. A pattern for bare parameters is that of modules of the same value too.
+    Where there is none it begins with another pattern, which comes first in the alphabet and so
+    decides for its modules.
+
+    >>> _joined({"^a": 2, "^c": 3}, {"^b": 2, "^d": 1}, 1)
     {'^a|^b': 2, '^c': 3}
+    >>> _joined({"^a": 2, "^c": 3}, {"^b": 4, "^d": 5}, 3)
+    {'^a': 2, '^a|^b': 4, '^a|^d': 5}
+    >>> _joined({"^a": 2}, {"^b": 4}, 2)
+    {'^a': 2, '^a|^b': 4}
     """
-    keys = {
-        value: "|".join(key for key, its in patterns.items() if its == value)
-        for value in {patterns[key] for key in bare}
+    rest = {key: value for key, value in {**of_modules, **bare}.items() if value != usual}
+    keys = {value: "|".join(key for key, its in rest.items() if its == value)
+            for value in bare.values()}  # fmt: skip
+    patterns = {keys.get(value, key): value for key, value in rest.items()}
+    lone = {*keys} - {*of_modules.values()}
+    if not of_modules or not lone & {*patterns.values()}:
+        return patterns
+    others = {key: value for key, value in patterns.items() if value not in lone}
+    first = min(others or of_modules)
+    return {first: usual, **others} | {
+        f"{first}|{key}": value for key, value in patterns.items() if value in lone
     }
-    return {keys.get(value, key): value for key, value in patterns.items()}
 
 
 def _anchored(module: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from interop.peft_config import REBASED_INITS
-from interop.peft_matching import PeftConfig, ambiguous_patterns, endings
+from interop.peft_matching import PeftConfig, ambiguous_patterns, endings, patterns_of_no_module
 from interop.peft_modules import Base
 from interop.peft_sites import Claims
 from interop.peft_versions import swapped_parameters
@@ -86,6 +86,17 @@ def _patterns(about: About) -> Iterator[str]:
         )
 
 
+def _patterns_of_experts(about: About) -> Iterator[str]:
+    targets, own = about.claims.settings, about.base.modules
+    modules = [name for name in targets if name in own]
+    bare = [name for name in targets if name not in own]
+    if idle := patterns_of_no_module(about.config, modules, bare):
+        yield (
+            f"PEFT warns that {listed(idle)} match no module and are ignored: it looks for "
+            "modules alone, and follows them for parameters all the same"
+        )
+
+
 def _tied(about: About) -> Iterator[str]:
     for path in about.claims.pair:
         if tied := about.base.tied_modules(path):
@@ -134,6 +145,7 @@ _NOTES: tuple[Callable[[About], Iterator[str]], ...] = (
     _attention,
     _convolutions,
     _patterns,
+    _patterns_of_experts,
     _tied,
     _tied_rows,
     _swapped,

@@ -17,7 +17,7 @@ from interop import peft, peft_file, torch_io
 from interop.keymaps import Keymap, Rule
 from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
-from peft_cases import edit_config, edit_tensors
+from peft_cases import edit_config, edit_tensors, moved
 from peft_table import (
     CASES,
     KINDS,
@@ -26,6 +26,7 @@ from peft_table import (
     base_model,
     base_outputs,
     base_params,
+    load_with_peft,
     outputs_of,
     outputs_there,
     relative,
@@ -345,6 +346,12 @@ NOTED = {
         "tied Llama", dict(target_modules=["q_proj"], trainable_token_indices=[3]),
         "its trained rows count in lm_head too, as PEFT has it in models of transformers alone",
     ),
+    "a pattern of experts alone": (
+        "experts", dict(
+            target_modules=["router"], alpha_pattern={"experts.down_proj": 5, "router": 4},
+            target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+        ), "PEFT warns that experts.down_proj match no module",
+    ),
 }  # fmt: skip
 
 
@@ -405,6 +412,25 @@ UNWRITABLE = {
 def test_plans_that_peft_has_no_form_for_are_refused(kind, targets, text):
     given = {"keymap": KINDS[kind].keymap, "params": base_params(kind)}
     assert text in refusal(peft.require_writable, planned(kind, *targets), **given)
+
+
+@pytest.mark.parametrize("router", [(1, 3.0), (2, 5.0)])
+def test_experts_of_other_ranks_and_scales_load_beside_a_module_without_a_warning(tmp_path, router):
+    params, keymap = base_params("experts"), KINDS["experts"].keymap
+    targets = (
+        lora.Rule("experts.gate_up_proj", alpha=1.0, rank=3),
+        lora.Rule("experts.down_proj", alpha=5.0),
+        lora.Rule("router.weight", *router),
+    )
+    config = lora.LoraConfig(rank=2, alpha=4, targets=targets)
+    axes = {"experts.gate_up_proj": "stack out in", "experts.down_proj": "stack out in"}
+    plan = lora.plan_from_axes(params, config, {**axes, "router.weight": "out in"})
+    adapter = moved(params, plan)
+    peft.write(tmp_path / "a", adapter, plan, keymap=keymap, params=params)
+    theirs = outputs_there(Case("experts", {}), load_with_peft("experts", tmp_path / "a"))
+    assert relative(merged_outputs("experts", adapter, plan), theirs) < 1e-5
+    assert read("experts", tmp_path / "a")[1] == plan
+    assert notes("experts", tmp_path / "a") == ""
 
 
 def test_endings_that_mean_more_are_written_as_patterns(tmp_path):
