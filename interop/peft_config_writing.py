@@ -1,8 +1,9 @@
 """Writing adapter_config.json: a plan in PEFT's terms."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,12 @@ def config_of(
     common one get an anchored pattern.
     """
     settings = named_settings(plan, base)
+    use_rslora = _needs_rslora({*settings.values()})
+    alpha_of = partial(_alpha, use_rslora=use_rslora)
     rank = _usual({name: setting.rank for name, setting in settings.items()}, base)
-    usual_alpha = _usual({name: _alpha(setting) for name, setting in settings.items()}, base)
+    usual_alpha = _usual({name: alpha_of(setting) for name, setting in settings.items()}, base)
     return {
-        "alpha_pattern": _patterns(plan, base, _alpha, usual_alpha),
+        "alpha_pattern": _patterns(plan, base, alpha_of, usual_alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": bias_of(plan, base),
@@ -49,6 +52,7 @@ def config_of(
         "revision": revision,
         "target_modules": _target_modules(_modules(plan, settings, base), base),
         "task_type": task_type,
+        **({"use_rslora": True} if use_rslora else {}),
         **{key: value for key, value in _newer_keys(plan, base).items() if value},
     }
 
@@ -207,9 +211,26 @@ def _any_layer(site: Site, base: Base) -> str:
     return re.sub(r"\\{\w\\}", r"\\d+", _anchored(name))
 
 
-def _alpha(setting: Setting) -> float:
-    found = alpha(setting.scale, setting.rank)
+def _alpha(setting: Setting, use_rslora: bool) -> float:
+    found = alpha(setting.scale, _divisor(setting, use_rslora))
     return int(found) if found.is_integer() else found
+
+
+def _divisor(setting: Setting, use_rslora: bool) -> float:
+    return math.sqrt(setting.rank) if use_rslora else setting.rank
+
+
+def _needs_rslora(settings: Collection[Setting]) -> bool:
+    """Whether alpha/√rank gives every scale to the last bit, and alpha/rank doesn't.
+
+    >>> _needs_rslora([Setting(5, 2 / math.sqrt(5))]), _needs_rslora([Setting(4, 2 / math.sqrt(4))])
+    (True, False)
+    """
+    exact = {
+        flag: all(_alpha(s, flag) / _divisor(s, flag) == s.scale for s in settings)
+        for flag in (False, True)
+    }
+    return exact[True] and not exact[False]
 
 
 def _most_common(values: Iterable[Any]) -> Any:
