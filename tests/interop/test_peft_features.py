@@ -401,6 +401,14 @@ UNWRITABLE = {
     "experts of unequal ranks": (
         "experts", (lora.Rule("experts.down_proj", rank=(1, 2, 1)),), "along its 3 experts"
     ),
+    "OPT's positions": (
+        "OPT", ("embed_positions/embedding", "layers/mlp/up_proj/kernel"),
+        "'embed_positions/embedding' is not the weight of a linear layer or an embedding",
+    ),
+    "rows of OPT's positions": (
+        "OPT", (lora.Rule("embed_positions/.*", variant="rows", rows=(1,)), ".*/up_proj/kernel"),
+        "'embed_positions/embedding' is not an embedding table",
+    ),
     "a weight of an attention whole": (
         "attention", ("out.weight", lora.Rule("mha.in_proj_weight", variant="full")),
         "also mha.in_proj_bias, mha.out_proj.bias, mha.out_proj.weight: train these too",
@@ -470,3 +478,24 @@ def test_conv1d_is_served_and_an_attention_is_not(tmp_path):
     message = refusal(peft.write, tmp_path / "b", adapter, plan, for_serving=True, **given)
     assert "'words.weight' is embedding" in message
     assert "'out.bias' is full" in message
+
+
+def test_kernels_of_heads_are_served(tmp_path):
+    kind = "mlp with heads"
+    plan = planned(kind, "up/kernel", lora.Rule("(mid|down)/kernel", rank=3))
+    adapter = moved(base_params(kind), plan)
+    given = {"keymap": KINDS[kind].keymap, "params": base_params(kind)}
+    assert peft.write(tmp_path / "a", adapter, plan, for_serving=True, **given)
+    theirs = outputs_there(Case(kind, {}), load_with_peft(kind, tmp_path / "a"))
+    assert relative(merged_outputs(kind, adapter, plan), theirs) < 1e-5
+
+
+def test_scales_of_rslora_come_back_to_the_last_bit(tmp_path):
+    case = Case("mlp", dict(target_modules=["0"], r=5, lora_alpha=2, use_rslora=True))
+    save_with_peft(case, tmp_path / "theirs")
+    given = {"keymap": KINDS["mlp"].keymap, "params": base_params("mlp")}
+    adapter, plan = read("mlp", tmp_path / "theirs")
+    peft.write(tmp_path / "ours", adapter, plan, **given)
+    assert read("mlp", tmp_path / "ours")[1] == plan
+    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert (config["use_rslora"], config["lora_alpha"]) == (True, 2)
