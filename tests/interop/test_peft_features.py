@@ -472,6 +472,11 @@ def test_conv1d_is_served_and_an_attention_is_not(tmp_path):
     assert "filled up with zeros to 3" in str(
         peft.write(tmp_path / "a", adapter, plan, for_serving=True, **given)
     )
+    plan = planned("attention", "mha.in_proj_weight", "mha.out_proj.weight")
+    adapter = lora.init(jax.random.key(0), base_params("attention"), plan)
+    given = {"keymap": KINDS["attention"].keymap, "params": base_params("attention")}
+    message = refusal(peft.write, tmp_path / "c", adapter, plan, for_serving=True, **given)
+    assert "'mha.in_proj_weight' is a weight of MultiheadAttention: servers load" in message
     plan = planned("bag of words", "words.weight", lora.Rule("out.bias", variant="full"))
     adapter = lora.init(jax.random.key(0), base_params("bag of words"), plan)
     given = {"keymap": KINDS["bag of words"].keymap, "params": base_params("bag of words")}
