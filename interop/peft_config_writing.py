@@ -21,15 +21,17 @@ def config_of(
     base_model_name: str | None,
     revision: str | None,
     task_type: str | None = None,
+    may_use_rslora: bool = True,
 ) -> dict[str, Any]:
     """The adapter_config.json of a plan that PEFT can hold.
 
     It has the keys that every PEFT since 0.5 knows, and of newer ones those that the plan needs,
     so that no release warns without cause. Modules whose rank or alpha differs from the most
-    common one get an anchored pattern.
+    common one get an anchored pattern. ``use_rslora`` is for scales that no alpha divided by the
+    rank gives to the last bit; servers may not know it.
     """
     settings = named_settings(plan, base)
-    use_rslora = _needs_rslora({*settings.values()})
+    use_rslora = may_use_rslora and _needs_rslora({*settings.values()})
     alpha_of = partial(_alpha, use_rslora=use_rslora)
     rank = _usual({name: setting.rank for name, setting in settings.items()}, base)
     usual_alpha = _usual({name: alpha_of(setting) for name, setting in settings.items()}, base)

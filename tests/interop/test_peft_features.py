@@ -504,3 +504,5 @@ def test_scales_of_rslora_come_back_to_the_last_bit(tmp_path):
     assert read("mlp", tmp_path / "ours")[1] == plan
     config = json.loads((tmp_path / "ours" / CONFIG).read_text())
     assert (config["use_rslora"], config["lora_alpha"]) == (True, 2)
+    peft.write(tmp_path / "served", adapter, plan, for_serving=True, **given)
+    assert "use_rslora" not in json.loads((tmp_path / "served" / CONFIG).read_text())
