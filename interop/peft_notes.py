@@ -97,6 +97,17 @@ def _patterns_of_experts(about: About) -> Iterator[str]:
         )
 
 
+def _both_layouts(about: About) -> Iterator[str]:
+    base, paths = about.base, [*about.claims.pair]
+    kinds = {base.kind(path) for path in paths}
+    has_linear = "linear" in kinds or any(map(base.tied_modules, paths))
+    if "linear_in_out" in kinds and has_linear:
+        yield (
+            "PEFT warns of fan_in_fan_out, whatever it is: there are a Conv1D and a linear layer, "
+            "and it goes by the type of each"
+        )
+
+
 def _tied(about: About) -> Iterator[str]:
     for path in about.claims.pair:
         if tied := about.base.tied_modules(path):
@@ -136,7 +147,8 @@ def _rebased(about: About) -> Iterator[str]:
 def _unmatched(about: About) -> Iterator[str]:
     targets: Any = about.config.target_modules
     names = [] if isinstance(targets, str) else sorted(targets or ())
-    ends = {end for target in about.claims.settings for end in endings(target)}
+    tied = (name for path in about.claims.pair for name in about.base.tied_modules(path))
+    ends = {end for target in (*about.claims.settings, *tied) for end in endings(target)}
     if idle := [repr(name) for name in names if name not in ends]:
         yield f"target_modules: {listed(idle)} match nothing, which PEFT passes over in silence"
 
@@ -146,6 +158,7 @@ _NOTES: tuple[Callable[[About], Iterator[str]], ...] = (
     _convolutions,
     _patterns,
     _patterns_of_experts,
+    _both_layouts,
     _tied,
     _tied_rows,
     _swapped,
