@@ -70,6 +70,8 @@ class FileAdapter(NamedTuple):
     file means the lookup alone."""
     notes: tuple[str, ...] = ()
     """What a reader should know: conventions assumed, defects of the format worked around."""
+    of_base: Mapping[str, np.ndarray] = {}
+    """Weights of the base that stand beside the adapter, by the full name of the parameter."""
 
 
 def delta_weight(module: ModuleAdapter) -> np.ndarray:

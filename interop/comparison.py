@@ -77,7 +77,10 @@ def compare(first: FileAdapter, second: FileAdapter) -> Comparison:
     names = [*dict.fromkeys((*first.modules, *second.modules))]
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is beyond any tolerance
         modules = tuple(_module(n, first.modules.get(n), second.modules.get(n)) for n in names)
-    return Comparison(modules, _arrays(_whole(first), _whole(second)))
+    of_base = {f"{name} of the base": (first.of_base[name], second.of_base[name])
+               for name in first.of_base if name in second.of_base}  # fmt: skip
+    whole = _arrays(_whole(first), _whole(second))
+    return Comparison(modules, whole | {name: _relative(*both) for name, both in of_base.items()})
 
 
 def _module(name: str, first: ModuleAdapter | None, second: ModuleAdapter | None) -> Difference:

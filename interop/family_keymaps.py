@@ -84,7 +84,8 @@ OPT = Keymap(
     rules_of(
         (
             ("embed_tokens", "model.decoder.embed_tokens", "embedding"),
-            ("embed_positions", "model.decoder.embed_positions", "embedding"),
+            # Looked up by a mask, which PEFT's layers take for tokens.
+            ("embed_positions", "model.decoder.embed_positions", "table"),
             ("layers/input_layernorm", f"{_OPT_LAYER}.self_attn_layer_norm", "layer_norm"),
             ("layers/self_attn/q_proj", f"{_OPT_LAYER}.self_attn.q_proj", "linear"),
             ("layers/self_attn/k_proj", f"{_OPT_LAYER}.self_attn.k_proj", "linear"),

@@ -91,6 +91,7 @@ class Keymap(NamedTuple):
 # By kind of module: our leaf, torch's parameter, the order of its axes, its kind for adapters.
 _LEAVES: dict[str, tuple[tuple[str, str, tuple[int, ...], Kind], ...]] = {
     "embedding": (("embedding", "weight", (), "embedding"),),
+    "table": (("embedding", "weight", (), "other"),),
     "norm": (("scale", "weight", (), "other"),),
     "layer_norm": (("scale", "weight", (), "other"), ("bias", "bias", (), "other")),
     "linear": (("kernel", "weight", (1, 0), "linear"), ("bias", "bias", (), "other")),

@@ -220,7 +220,7 @@ def _unheld_of(config: Mapping[str, Any]) -> Iterator[str]:
     """What changes an adapter's function and these files don't hold."""
     if config.get("target_parameters"):
         yield "target_parameters are set: diffusers' files hold adapters of modules alone"
-    init = config.get("init_lora_weights")
+    init = peft_config.initialiser(config.get("init_lora_weights"))
     if init in peft_config.REBASED_INITS:
         yield (
             f"init_lora_weights is {init!r}, which changes the base: have PEFT convert it to a "

@@ -116,7 +116,7 @@ def write(
     raise_all("this adapter can't be written for PEFT", problems)
     adapter, plan, notes = folded(adapter, plan) if for_serving else (adapter, plan, ())
     task_type = task_type or ("CAUSAL_LM" if _has_head(keymap) else None)
-    config = config_of(plan, model, base_model_name, revision, task_type)
+    config = config_of(plan, model, base_model_name, revision, task_type, not for_serving)
     replaceable = (*_FILES, MANIFEST) if overwrite else ()
     with new_or_replaced(Path(directory).absolute(), replaceable) as folder:
         write_text(folder / CONFIG, to_json(config))

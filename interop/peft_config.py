@@ -78,9 +78,20 @@ def _is_flag(value: Any) -> bool:
     return type(value) is bool
 
 
+def initialiser(value: Any) -> Any:
+    """What PEFT takes ``init_lora_weights`` for: some words in any case, nothing for false.
+
+    >>> initialiser("OLoRA"), initialiser("PiSSA"), initialiser(None)
+    ('olora', 'PiSSA', False)
+    """
+    word = str(value).lower()
+    return word if word in _IN_ANY_CASE else value or False
+
+
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 REBASED_INITS = ("pissa", "olora")
 """Initialisers that take their first update off the base, as can be done again from its values."""
+_IN_ANY_CASE = ("gaussian", "olora", "mica")
 _BIASES = ("none", "all", "lora_only")
 _FLAG = _Field(False, _is_flag, "true or false")
 
@@ -131,7 +142,7 @@ _FIELDS = {
     "bias": _Field("none", lambda value: value in _BIASES, f"one of {_BIASES}"),
     "init_lora_weights": _Field(
         True,
-        lambda value: value in (*_PLAIN_INITS, *REBASED_INITS),
+        lambda value: initialiser(value) in (*_PLAIN_INITS, *REBASED_INITS),
         f"one of {(*_PLAIN_INITS, *REBASED_INITS)}; others change the base in a way that its "
         "values don't tell: have PEFT convert it to a plain LoRA (save_pretrained with "
         "path_initial_model_for_weight_conversion)",
@@ -204,4 +215,5 @@ def _contradictions(config: PeftConfig) -> Iterator[str]:
 
 def config_of(raw: Mapping[str, Any]) -> PeftConfig:
     """A config without `problems`, PEFT's defaults for what it leaves out."""
-    return PeftConfig(**{key: raw.get(key, _FIELDS[key].default) for key in PeftConfig._fields})
+    said = {key: raw.get(key, _FIELDS[key].default) for key in PeftConfig._fields}
+    return PeftConfig(**{**said, "init_lora_weights": initialiser(said["init_lora_weights"])})

@@ -1,8 +1,9 @@
 """Writing adapter_config.json: a plan in PEFT's terms."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,18 +21,22 @@ def config_of(
     base_model_name: str | None,
     revision: str | None,
     task_type: str | None = None,
+    may_use_rslora: bool = True,
 ) -> dict[str, Any]:
     """The adapter_config.json of a plan that PEFT can hold.
 
     It has the keys that every PEFT since 0.5 knows, and of newer ones those that the plan needs,
     so that no release warns without cause. Modules whose rank or alpha differs from the most
-    common one get an anchored pattern.
+    common one get an anchored pattern. ``use_rslora`` is for scales that no alpha divided by the
+    rank gives to the last bit; servers may not know it.
     """
     settings = named_settings(plan, base)
+    use_rslora = may_use_rslora and _needs_rslora({*settings.values()})
+    alpha_of = partial(_alpha, use_rslora=use_rslora)
     rank = _usual({name: setting.rank for name, setting in settings.items()}, base)
-    usual_alpha = _usual({name: _alpha(setting) for name, setting in settings.items()}, base)
+    usual_alpha = _usual({name: alpha_of(setting) for name, setting in settings.items()}, base)
     return {
-        "alpha_pattern": _patterns(plan, base, _alpha, usual_alpha),
+        "alpha_pattern": _patterns(plan, base, alpha_of, usual_alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": bias_of(plan, base),
@@ -49,6 +54,7 @@ def config_of(
         "revision": revision,
         "target_modules": _target_modules(_modules(plan, settings, base), base),
         "task_type": task_type,
+        **({"use_rslora": True} if use_rslora else {}),
         **{key: value for key, value in _newer_keys(plan, base).items() if value},
     }
 
@@ -156,7 +162,7 @@ def _patterns(
     plan: Plan, base: Base, value_of: Callable[[Setting], Any], usual: Any
 ) -> dict[str, Any]:
     """One pattern for a leaf whose layers agree, else one a layer: no name matches two."""
-    named, patterns, bare = named_settings(plan, base), {}, set()
+    named, of_modules, bare = named_settings(plan, base), {}, {}
     for site in filter(is_pair, plan.sites):
         values = {m: value_of(s) for m, s in settings_of(site, base).items() if m in named}
         agreed = len(set(values.values())) == 1
@@ -165,23 +171,36 @@ def _patterns(
         # PEFT gives a module that is tied to a table the scale of its own name.
         by_pattern |= {_anchored(m): value for value in values.values()
                        for m in base.tied_modules(site.path)}  # fmt: skip
-        found = {key: value for key, value in by_pattern.items() if value != usual}
-        patterns |= found
-        bare |= {*found} if base.rules[site.path].kind in PARAMETERS else set()
-    return _joined(patterns, bare)
+        (bare if base.rules[site.path].kind in PARAMETERS else of_modules).update(by_pattern)
+    return _joined(of_modules, bare, usual)
 
 
-def _joined(patterns: Mapping[str, Any], bare: Iterable[str]) -> dict[str, Any]:
-    """With one pattern for bare parameters and the modules of the same value.
+def _joined(of_modules: Mapping[str, Any], bare: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """The patterns of values that aren't the usual one; each matches a module if there is any.
 
-    >>> _joined({"^a": 2, "^b": 2, "^c": 3}, ["^b"])
+    PEFT warns of others. A pattern for bare parameters is that of modules of the same value too.
+    Where there is none it begins with another pattern, which comes first in the alphabet and so
+    decides for its modules.
+
+    >>> _joined({"^a": 2, "^c": 3}, {"^b": 2, "^d": 1}, 1)
     {'^a|^b': 2, '^c': 3}
+    >>> _joined({"^a": 2, "^c": 3}, {"^b": 4, "^d": 5}, 3)
+    {'^a': 2, '^a|^b': 4, '^a|^d': 5}
+    >>> _joined({"^a": 2}, {"^b": 4}, 2)
+    {'^a': 2, '^a|^b': 4}
     """
-    keys = {
-        value: "|".join(key for key, its in patterns.items() if its == value)
-        for value in {patterns[key] for key in bare}
+    rest = {key: value for key, value in {**of_modules, **bare}.items() if value != usual}
+    keys = {value: "|".join(key for key, its in rest.items() if its == value)
+            for value in bare.values()}  # fmt: skip
+    patterns = {keys.get(value, key): value for key, value in rest.items()}
+    lone = {*keys} - {*of_modules.values()}
+    if not of_modules or not lone & {*patterns.values()}:
+        return patterns
+    others = {key: value for key, value in patterns.items() if value not in lone}
+    first = min(others or of_modules)
+    return {first: usual, **others} | {
+        f"{first}|{key}": value for key, value in patterns.items() if value in lone
     }
-    return {keys.get(value, key): value for key, value in patterns.items()}
 
 
 def _anchored(module: str) -> str:
@@ -194,9 +213,26 @@ def _any_layer(site: Site, base: Base) -> str:
     return re.sub(r"\\{\w\\}", r"\\d+", _anchored(name))
 
 
-def _alpha(setting: Setting) -> float:
-    found = alpha(setting.scale, setting.rank)
+def _alpha(setting: Setting, use_rslora: bool) -> float:
+    found = alpha(setting.scale, _divisor(setting, use_rslora))
     return int(found) if found.is_integer() else found
+
+
+def _divisor(setting: Setting, use_rslora: bool) -> float:
+    return math.sqrt(setting.rank) if use_rslora else setting.rank
+
+
+def _needs_rslora(settings: Collection[Setting]) -> bool:
+    """Whether alpha/√rank gives every scale to the last bit, and alpha/rank doesn't.
+
+    >>> _needs_rslora([Setting(5, 2 / math.sqrt(5))]), _needs_rslora([Setting(4, 2 / math.sqrt(4))])
+    (True, False)
+    """
+    exact = {
+        flag: all(_alpha(s, flag) / _divisor(s, flag) == s.scale for s in settings)
+        for flag in (False, True)
+    }
+    return exact[True] and not exact[False]
 
 
 def _most_common(values: Iterable[Any]) -> Any:

@@ -8,7 +8,7 @@ one, so what makes it unusable there is a note here as long as it can be looked 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,17 @@ import numpy as np
 
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
-from interop.peft_config import is_finite, is_rank, read_config
+from interop.peft_config import REBASED_INITS, initialiser, is_finite, is_rank, read_config
+from interop.peft_file_copies import (
+    base_notes,
+    parameter_of,
+    tied_heads,
+    trained_in_rows,
+    trained_whole,
+)
 from interop.peft_file_experts import WRAPPED, experts_of, file_settings, untold_scales
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
+from interop.peft_layout import without_copy
 from interop.peft_matching import PeftConfig, Setting, adapted_modules
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json
@@ -38,6 +46,9 @@ _FIELDS = {
 name, ``default``, in them."""
 _DEFAULT = re.compile(r"\.default(?=(?:\.weight|\.bias)?$)")
 _END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
+_TRAINED, _ORIGINAL = "trained whole", "of the base"
+_Whole = dict[str, np.ndarray]
+_Fields = dict[str, dict[str, np.ndarray]]
 
 
 class PeftFile(NamedTuple):
@@ -67,27 +78,28 @@ def read(directory: str | os.PathLike) -> PeftFile:
     config, problems = _config(directory / CONFIG, raw)
     tensors = torch_io.read(directory / weights)
     raise_listed(f"{directory}: tensors that stand under two names", _repeated(tensors))
-    fields, whole = _by_module(tensors)
+    fields, whole, original = _by_module(tensors)
     raise_listed(f"{directory}: modules without both A and B", _incomplete(fields))
     pairs = {name: found for name, found in fields.items() if "rows" not in found}
-    copies = _base_copies(tensors, fields)
-    whole = {name: tensor for name, tensor in whole.items() if name not in copies}
+    trained = trained_whole(None if problems else config, whole, fields)
+    of_base = {**{name: whole[name] for name in whole if name not in trained}, **original}
+    whole = {name: whole[name] for name in whole if name in trained}
     experts = {*experts_of(config, pairs)}
     settings = file_settings(config, pairs, experts)
     modules = {
         name: _module(found, settings[name], name in experts) for name, found in pairs.items()
     }
     raise_listed(f"{directory}: factors that don't belong together", _misfits(modules))
-    rows = {
-        name: _rows(name, found["rows"], config)
-        for name, found in fields.items()
-        if "rows" in found
-    }
-    told = [f"the base's own weights beside its adapter: {listed(copies)}"] if copies else []
-    found = [*_notes(config, modules, settings, experts), *untold_scales(config, experts)]
-    notes = (*problems, *told, *found, *_rebased(raw))
+    stored = {name: found["rows"] for name, found in fields.items() if "rows" in found}
+    rows = {name: _rows(name, stored[name], config) for name in trained_in_rows(config, stored)}
+    found = [
+        *base_notes(of_base, original, fields),
+        *_notes(config, modules, settings, experts),
+        *untold_scales(config, experts),
+    ]
+    notes = (*problems, *found, *_rebased(raw))
     tied = config.ensure_weight_tying
-    return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes), raw, base)
+    return PeftFile(FileAdapter("peft", modules, whole, rows, tied, notes, of_base), raw, base)
 
 
 def is_directory_of_peft(path: Path) -> bool:
@@ -116,45 +128,38 @@ def _least_config(raw: Mapping[str, Any]) -> PeftConfig | None:
     return PeftConfig(rank, alpha, [], use_rslora=raw.get("use_rslora") is True)
 
 
-def _by_module(
-    tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Each module's tensors by field, and parameters that are stored whole."""
-    fields: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    whole = {}
+def _by_module(tensors: Mapping[str, np.ndarray]) -> tuple[_Fields, _Whole, _Whole]:
+    """Each module's tensors by field; whole parameters; those that are the base's in any case."""
+    fields: _Fields = defaultdict(dict)
+    whole: dict[str, _Whole] = {_TRAINED: {}, _ORIGINAL: {}}
     for name, tensor in tensors.items():
         owner, field = _meant(name)
-        if field:
-            fields[owner][field] = tensor
+        if field in whole:
+            whole[field][owner] = tensor
         else:
-            whole[owner] = tensor
-    return fields, whole
+            fields[owner][field] = tensor
+    return fields, whole[_TRAINED], whole[_ORIGINAL]
 
 
 def _meant(name: str) -> tuple[str, str]:
-    """The module and the field of it that a name stands for; or the parameter, and no field."""
+    """The module and the field of it that a name stands for; or a whole parameter, and whose."""
     name = name.removeprefix(_PREFIX)
     if match := _END.fullmatch(_DEFAULT.sub("", name)):
         return match[1], _FIELDS[match[2]]
-    return name.replace(f"{WRAPPED}.", "."), ""
-
-
-def _base_copies(names: Iterable[str], adapted: Collection[str]) -> list[str]:
-    """Weights that PEFT stores of adapted embeddings and heads, by the parameter: the base's."""
-    end = f"{WRAPPED}.weight"
-    owners = (name.removeprefix(_PREFIX).removesuffix(end) for name in names if name.endswith(end))
-    return [f"{owner}.weight" for owner in owners if owner in adapted]
+    parameter, is_original = parameter_of(name)
+    return parameter, _ORIGINAL if is_original else _TRAINED
 
 
 def _repeated(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
     """Names that mean what another one does, as with and without the adapter's own name.
 
-    PEFT itself stores an embedding's magnitude twice when it stores the embedding.
+    PEFT itself stores an embedding's magnitude twice when it stores the embedding, and biases of
+    modules that are trained whole when it trains all.
     """
     first: dict[tuple[str, str], str] = {}
     for name, tensor in tensors.items():
         known = first.setdefault(_meant(name), name)
-        twice = name.removesuffix(".weight") == known.removesuffix(".weight")
+        twice = without_copy(name) == without_copy(known)
         if known != name and not (twice and np.array_equal(tensors[known], tensor)):
             yield f"{known} and {name}"
 
@@ -211,16 +216,18 @@ def _notes(
     experts: Collection[str],
 ) -> Iterator[str]:
     """What a reader of the adapter should know about how config and tensors go together."""
+    bounded = config.init_lora_weights in REBASED_INITS  # By the weight that they start from.
     other = [
         f"{name} has {module.rank}, the config {settings[name].rank}"
         for name, module in modules.items()
-        if module.rank != settings[name].rank
+        if module.rank != settings[name].rank and not (bounded and module.rank == _sides(module)[0])
     ]
     if other:
         yield f"ranks that differ from the config's, which PEFT refuses: {listed(other)}"
     plain = [name.replace(WRAPPED, "") for name in modules if name not in experts]
     targets = adapted_modules(config, plain) if config.target_modules else plain
-    if extra := [name for name in plain if name not in targets]:
+    tied = tied_heads(modules) if config.ensure_weight_tying else set()
+    if extra := [name for name in plain if name not in targets and name not in tied]:
         yield f"factors of modules that are no targets, which PEFT drops: {listed(extra)}"
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key)]
     if patterns:
@@ -232,8 +239,13 @@ def _notes(
         yield "use_rslora: the scale is alpha/√rank; servers that don't know it take alpha/rank"
 
 
+def _sides(module: ModuleAdapter) -> list[int]:
+    """Input and output features, the smaller first."""
+    return sorted((module.a.shape[-1], module.b.shape[0]))
+
+
 def _rebased(raw: Mapping[str, Any]) -> Iterator[str]:
     """Initialisers that take their first update off the base, which PEFT does again on loading."""
-    init = raw.get("init_lora_weights")
+    init = initialiser(raw.get("init_lora_weights"))
     if isinstance(init, str) and init.startswith(("pissa", "olora")):
         yield f"{init}, not converted: its updates are of a base without their first values"

@@ -112,6 +112,16 @@ def places(
     return [place for at in ats for place in _PLACES[site.variant](at)]
 
 
+def optional_copies(site: Site, base: Base) -> list[Place]:
+    """What the file may repeat of a site: of rows, those of tied modules whose tables it has."""
+    if site.variant != "rows":
+        return []
+    [own] = places(site, base, ())
+    tied = (base.target(site.path, ()), *base.tied_modules(site.path))
+    end = own.name.removeprefix(PREFIX + tied[0])
+    return [own._replace(name=PREFIX + module + end, is_copy=True) for module in tied[1:]]
+
+
 def tensor_names(site: Site, base: Base) -> list[str]:
     """The base's own tensors of a site's leaf, one a layer."""
     return [
@@ -319,8 +329,13 @@ def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name in filter(_SAVED.search, names):
-        found.setdefault(_SAVED.sub("", name), []).append(name)
+        found.setdefault(without_copy(name), []).append(name)
     return found
+
+
+def without_copy(name: str) -> str:
+    """The name of the trained tensor that a name is, or is another of."""
+    return _SAVED.sub("", name)
 
 
 _OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")

@@ -122,10 +122,40 @@ def ambiguous_patterns(
     keys = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
     found = [
         (key, name, [v for pattern, v in patterns.items() if name in matches[_after_dot(pattern)]])
-        for key, patterns in keys.items()
+        for key, patterns in {key: _unrepeated(its) for key, its in keys.items()}.items()
         for name in names
     ]
     return [each for each in found if len(set(each[2])) > 1]
+
+
+def _unrepeated(patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that begin with another, anchored one, which comes first in any order.
+
+    >>> _unrepeated({"^a": 2, "^a|^b": 3, "a": 4})
+    {'^a': 2, 'a': 4}
+    """
+    found, anchor = set(), ""
+    for key in sorted(patterns):
+        if not (anchor and key.startswith(f"{anchor}|")):
+            anchor = key if key.startswith("^") else ""
+            found.add(key)
+    return {key: value for key, value in patterns.items() if key in found}
+
+
+def patterns_of_no_module(
+    config: PeftConfig, modules: Sequence[str], parameters: Sequence[str]
+) -> list[str]:
+    """Entries of rank_pattern and alpha_pattern that match a parameter and no module.
+
+    >>> config = PeftConfig(8, 16, ["k_proj"], rank_pattern={"up|k_proj": 4, "down": 2})
+    >>> patterns_of_no_module(config, ["layers.0.k_proj"], ["experts.up", "experts.down"])
+    ['down']
+    """
+    matches = _matched(patterns_of(config), [*modules, *parameters])
+    keys = dict.fromkeys((*(config.rank_pattern or ()), *(config.alpha_pattern or ())))
+    found = {key: matches[_after_dot(key)] for key in keys}
+    of_parameters = [key for key, names in found.items() if not {*parameters}.isdisjoint(names)]
+    return [key for key in of_parameters if {*modules}.isdisjoint(found[key])]
 
 
 def saved_tensors(config: PeftConfig, tensors: Sequence[str]) -> set[str]:

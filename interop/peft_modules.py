@@ -15,6 +15,7 @@ kind of weight              axes in torch          keys of its adapter
 ``out_proj`` is always adapted with it.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
@@ -177,3 +178,14 @@ def roles_of(rule: Rule, shape: tuple[int, ...]) -> tuple[Role, ...]:
     of_axis: dict[int, Role] = {axis: role for group, role in roles for axis in group}
     stack: tuple[Role, ...] = ("stack",) * rule.stack
     return (*stack, *(of_axis.get(axis, "out") for axis in range(len(shape) - rule.stack)))
+
+
+def smaller_side(rule: Rule, shape: tuple[int, ...]) -> int:
+    """The smaller of a weight's input and output features.
+
+    >>> smaller_side(Rule("fc/kernel", "h.{i}.fc.weight", (1, 0), "linear"), (3, 4, 6))
+    4
+    """
+    axes = [*zip(roles_of(rule, shape), shape, strict=True)]
+    sides = (math.prod(size for its, size in axes if its == role) for role in ("in", "out"))
+    return min(sides)

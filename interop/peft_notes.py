@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from interop.peft_config import REBASED_INITS
-from interop.peft_matching import PeftConfig, ambiguous_patterns, endings
+from interop.peft_matching import PeftConfig, ambiguous_patterns, endings, patterns_of_no_module
 from interop.peft_modules import Base
 from interop.peft_sites import Claims
 from interop.peft_versions import swapped_parameters
@@ -86,6 +86,28 @@ def _patterns(about: About) -> Iterator[str]:
         )
 
 
+def _patterns_of_experts(about: About) -> Iterator[str]:
+    targets, own = about.claims.settings, about.base.modules
+    modules = [name for name in targets if name in own]
+    bare = [name for name in targets if name not in own]
+    if idle := patterns_of_no_module(about.config, modules, bare):
+        yield (
+            f"PEFT warns that {listed(idle)} match no module and are ignored: it looks for "
+            "modules alone, and follows them for parameters all the same"
+        )
+
+
+def _both_layouts(about: About) -> Iterator[str]:
+    base, paths = about.base, [*about.claims.pair]
+    kinds = {base.kind(path) for path in paths}
+    has_linear = "linear" in kinds or any(map(base.tied_modules, paths))
+    if "linear_in_out" in kinds and has_linear:
+        yield (
+            "PEFT warns of fan_in_fan_out, whatever it is: there are a Conv1D and a linear layer, "
+            "and it goes by the type of each"
+        )
+
+
 def _tied(about: About) -> Iterator[str]:
     for path in about.claims.pair:
         if tied := about.base.tied_modules(path):
@@ -125,7 +147,8 @@ def _rebased(about: About) -> Iterator[str]:
 def _unmatched(about: About) -> Iterator[str]:
     targets: Any = about.config.target_modules
     names = [] if isinstance(targets, str) else sorted(targets or ())
-    ends = {end for target in about.claims.settings for end in endings(target)}
+    tied = (name for path in about.claims.pair for name in about.base.tied_modules(path))
+    ends = {end for target in (*about.claims.settings, *tied) for end in endings(target)}
     if idle := [repr(name) for name in names if name not in ends]:
         yield f"target_modules: {listed(idle)} match nothing, which PEFT passes over in silence"
 
@@ -134,6 +157,8 @@ _NOTES: tuple[Callable[[About], Iterator[str]], ...] = (
     _attention,
     _convolutions,
     _patterns,
+    _patterns_of_experts,
+    _both_layouts,
     _tied,
     _tied_rows,
     _swapped,

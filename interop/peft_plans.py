@@ -31,7 +31,8 @@ def plan_problems(plan: Plan, base: Base) -> list[str]:
 def serving_problems(plan: Plan, base: Base) -> Iterator[str]:
     """What of a plan that PEFT can hold servers can't."""
     for site in plan.sites:
-        kind = site.variant if site.variant != "lora" else base.kind(site.path)
+        of_attention = _is_of_attention(site, base) and "a weight of MultiheadAttention"
+        kind = site.variant if site.variant != "lora" else of_attention or base.kind(site.path)
         if kind not in ("linear", "linear_in_out"):
             yield f"{site.path!r} is {kind}: servers load plain pairs of linear layers alone"
 
@@ -69,10 +70,16 @@ def _dora_problem(site: Site, base: Base) -> str | None:
         return "has a DoRA magnitude in layers of rank 0, where PEFT has no adapter"
     if tied := base.tied_modules(site.path):
         return f"is tied to {', '.join(tied)}, which has a DoRA magnitude of its own in PEFT"
-    names = {base.target(site.path, index) for index in indices(base.rules[site.path], site.shape)}
-    if base.kind(site.path) in PARAMETERS or names & base.attentions:
+    if base.kind(site.path) in PARAMETERS or _is_of_attention(site, base):
         return "has a DoRA magnitude, which PEFT has not for a weight without a layer of its own"
     return None
+
+
+def _is_of_attention(site: Site, base: Base) -> bool:
+    """Whether its input projection is the leaf, which has no module of its own."""
+    rule = base.rules[site.path]
+    names = {base.target(site.path, index) for index in indices(rule, site.shape)}
+    return not names.isdisjoint(base.attentions)
 
 
 def _full_problem(site: Site, base: Base) -> str | None:

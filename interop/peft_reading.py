@@ -12,7 +12,7 @@ import numpy as np
 
 from interop import torch_io
 from interop.peft_config import REBASED_INITS
-from interop.peft_layout import Place, base_places, places, put, saved_again, taken
+from interop.peft_layout import Place, base_places, optional_copies, places, put, saved_again, taken
 from interop.peft_matching import PeftConfig
 from interop.peft_modules import PREFIX, Base
 from interop.peft_rebasing import against_the_original, rebasing_problems
@@ -46,6 +46,7 @@ def sites_and_entries(
     if not tensor_problems:
         kept = _without_rebased(of_base, base) if rebased else of_base
         tensor_problems += _base_problems(tensors, kept, base)
+    problems += _untied(tensors, wanted, base) if config.ensure_weight_tying else []
     raise_all(f"{source} does not fit the model", [*problems, *tensor_problems])
     arrays = {site.path: _arrays(site, wanted[site.path], tensors) for site in sites}
     raise_all(f"{source} does not fit the model", _copy_problems(tensors, wanted, arrays))
@@ -65,7 +66,13 @@ def _wanted(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     swapped = swapped_parameters(config, shapes, claims.settings, base)
     again = saved_again(tensors)
-    own = {site.path: places(site, base, claims.settings, swapped) for site in sites}
+    own = {
+        site.path: [
+            *places(site, base, claims.settings, swapped),
+            *(copy for copy in optional_copies(site, base) if copy.name in tensors),
+        ]
+        for site in sites
+    }
     return {
         path: [
             *found,
@@ -97,6 +104,21 @@ def _base_problems(
             yield (
                 f"{name} differs from the base's {place.field!r}: the adapter belongs to another "
                 "base"
+            )
+
+
+def _untied(
+    tensors: torch_io.Tensors, wanted: Mapping[str, Sequence[Place]], base: Base
+) -> Iterator[str]:
+    """Tables that PEFT was to tie and didn't, as it knows GPT-2's ``wte`` by no name for one."""
+    for path, found in wanted.items():
+        copies = [place.name for place in found if place.is_copy]
+        if copies and not any(name in tensors for name in copies):
+            tied = ", ".join(base.tied_modules(path))
+            yield (
+                f"{path!r} is also the weight of {tied}, which this adapter leaves as it was: to "
+                f"have PEFT tie them name {tied} in place of the table, with "
+                "ensure_weight_tying=True, or untie the base's weights"
             )
 
 

@@ -51,10 +51,12 @@ def _folded(pair: Any, site: Site, rank: int, scale: float) -> LoraPair:
     a, b = (np.asarray(factor, np.float32) for factor in pair[:2])
     ratios = np.array(_scales(site), np.float32) / np.float32(scale)
     b = b * ratios.reshape(-1, *(1,) * (b.ndim - 1)) if len(ratios) > 1 else b * ratios[0]
-    stack = [(0, 0)] * len(site.dims("stack"))
-    more = (0, rank - site.rank)
-    wide_a, wide_b = np.pad(a, [*stack, (0, 0), more]), np.pad(b, [*stack, more, (0, 0)])
-    return LoraPair(jnp.asarray(wide_a), jnp.asarray(wide_b))
+    more = rank - site.rank
+    return LoraPair(_wider(a, a.ndim - 1, more), _wider(b, len(site.dims("stack")), more))
+
+
+def _wider(factor: np.ndarray, axis: int, more: int) -> jnp.ndarray:
+    return jnp.asarray(np.pad(factor, [(0, more * (k == axis)) for k in range(factor.ndim)]))
 
 
 def _note(site: Site, rank: int, scale: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interop.keymaps import Index, indices
+from interop.peft_config import REBASED_INITS
 from interop.peft_matching import (
     PeftConfig,
     Setting,
@@ -16,7 +17,7 @@ from interop.peft_matching import (
     settings_by_patterns,
     shown,
 )
-from interop.peft_modules import PARAMETERS, Base, roles_of, saved_module
+from interop.peft_modules import PARAMETERS, Base, roles_of, saved_module, smaller_side
 from lora_jax.site import Site
 
 ByLeaf = Mapping[str, Mapping[Index, Any]]
@@ -42,6 +43,8 @@ def claims_of(config: PeftConfig, base: Base) -> tuple[Claims, list[str]]:
     found = _without_tied(_with_projections(_by_target(found, base), base), config, base)
     where = {**base.parameters, **base.modules}
     settings = {name: s for name, s in found.items() if _is_adaptable(where[name][0], base)}
+    if config.init_lora_weights in REBASED_INITS:
+        settings = {name: _bounded(s, where[name][0], base) for name, s in settings.items()}
     saved = saved_tensors(config, [*base.tensors]) | _biases(config, settings, base)
     claims = Claims(
         settings,
@@ -223,6 +226,16 @@ def _target_problems(
             yield f"target {name!r} is one of several in the leaf {path!r}, which has one adapter"
         elif base.kind(path) is None:
             yield f"target {name!r} is not a linear layer or an embedding"
+
+
+def _bounded(setting: Setting, path: str, base: Base) -> Setting:
+    """With no more ranks than its weight has, which PiSSA and OLoRA start from; PEFT takes the
+    scale from the rank of the config all the same."""
+    if base.kind(path) not in ("linear", "linear_in_out"):
+        return setting
+    return setting._replace(
+        rank=min(setting.rank, smaller_side(base.rules[path], base.leaves[path].shape))
+    )
 
 
 def _is_adaptable(path: str, base: Base) -> bool:

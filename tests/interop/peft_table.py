@@ -70,6 +70,9 @@ CASES = {
     ), "pissa"),
     "linear, pissa with dora": Case("mlp", dict(target_modules=["2"], use_dora=True), "pissa"),
     "linear, olora": Case("mlp", dict(target_modules=["0", "4"]), "olora"),
+    "linear, pissa, ranks above a side": Case("mlp", dict(
+        target_modules=["0", "4"], r=9, use_dora=True,
+    ), "pissa"),
     "linear, mica": Case("mlp", dict(target_modules=["0"]), "mica"),
     "linear, orthogonal": Case("mlp", dict(target_modules=["2"], r=4), "orthogonal"),
     "heads": Case("mlp with heads", dict(target_modules=["0", "2", "4"])),
@@ -100,6 +103,9 @@ CASES = {
     "stacked, all biases": Case("stacked", dict(target_modules=["fc"], bias="all")),
     "stacked, olora in one layer": Case("stacked", dict(
         target_modules=["layers.1.fc", "head"], rank_pattern={"head": 4},
+    ), "olora"),
+    "stacked, olora, ranks above a side": Case("stacked", dict(
+        target_modules=["fc", "head"], r=9, rank_pattern={"layers.1.fc": 2}, use_rslora=True,
     ), "olora"),
     "unrolled": Case("unrolled", dict(
         target_modules=["fc"], rank_pattern={r"layers\.1\.fc": 3}, modules_to_save=["1.norm"],

@@ -161,9 +161,13 @@ def test_what_peft_stores_of_the_base_is_told_and_not_trained(tmp_path):
     tensors["base_model.model.norm.weight"] = np.ones(4, np.float32)
     torch_io.write(weights, tensors)
     found = peft_file.read(tmp_path / "peft").adapter
-    assert {*found.whole} == {"norm.weight"}
-    assert compare(bare, found).beyond(1e-6) == ["norm.weight"]
+    assert not found.whole
+    assert compare(bare, found).beyond(1e-6) == []
     assert "the base's own weights beside its adapter: table.weight" in found.notes
+    assert any("config doesn't train" in n and "norm.weight" in n for n in found.notes)
+    torch_io.write(weights, tensors | {"base_model.model.norm.weight": np.zeros(4, np.float32)})
+    other = peft_file.read(tmp_path / "peft").adapter
+    assert compare(found, other).beyond(1e-6) == ["norm.weight of the base"]
 
 
 def test_default_is_taken_out_of_its_own_place_alone(tmp_path):

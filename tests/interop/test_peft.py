@@ -185,7 +185,8 @@ def test_alpha_reads_back_to_the_same_scale(alpha, rank, use_rslora):
     def through_a_file(scale):
         site = Site("lm_head/kernel", (4, 6), "float32", ("in", "out"), rank, scale)
         config = config_of(Plan((site,), 24), Base(LLAMA, {site.path: site}), None, None)
-        config = PeftConfig(rank, config["lora_alpha"], ["lm_head"])
+        flag = config.get("use_rslora", False)
+        config = PeftConfig(rank, config["lora_alpha"], ["lm_head"], use_rslora=flag)
         return config.lora_alpha, adapted_modules(config, ["lm_head"])["lm_head"].scale
 
     scale = alpha / (rank**0.5 if use_rslora else rank)

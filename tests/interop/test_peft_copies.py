@@ -5,11 +5,13 @@ import pytest
 
 import lora_jax as lora
 from interop import peft, peft_file, torch_io
+from interop.comparison import compare
 from interop.peft import WEIGHTS
 
 from peft_cases import edit_tensors
 from peft_table import (
     KINDS,
+    TIE,
     Case,
     base_outputs,
     base_params,
@@ -49,6 +51,18 @@ STORED = {
         Case("Llama", dict(target_modules=["q_proj"], trainable_token_indices=[1, 4])), EMBEDDINGS,
         ["model.embed_tokens.token_adapter.base_layer.weight", "lm_head.weight"],
     ),
+    "a tied embedding with trained tokens": (
+        Case("tied Llama", dict(target_modules=["q_proj"], trainable_token_indices=[1, 4])),
+        EMBEDDINGS, ["lm_head.token_adapter.trainable_tokens_delta"],
+    ),
+    "a tied pair": (
+        Case("tied Llama", dict(target_modules=["embed_tokens"], ensure_weight_tying=True)),
+        EMBEDDINGS, ["lm_head.base_layer.weight"],
+    ),
+    "a tied embedding that is saved": (
+        Case("GPT-2", dict(target_modules=["c_attn"], modules_to_save=["lm_head"], **TIE)),
+        EMBEDDINGS, ["transformer.wte.modules_to_save.weight", "lm_head.original_module.weight"],
+    ),
 }  # fmt: skip
 
 
@@ -60,7 +74,9 @@ def test_copies_count_for_nothing_and_have_to_be_equal(tmp_path, case, saving, c
     theirs = outputs_there(case, model)
     ours = outputs_of(case.kind, lora.merge(params, adapter, plan))
     assert relative(ours, theirs) < 1e-5 < relative(base_outputs(case.kind), theirs)
-    assert peft_file.read(tmp_path).adapter.modules
+    peft.write(tmp_path / "own", adapter, plan, keymap=keymap, params=params)
+    files = (peft_file.read(path).adapter for path in (tmp_path, tmp_path / "own"))
+    assert compare(*files).beyond(1e-6) == []
     names = [f"base_model.model.{name}" for name in copies]
     assert {*names} <= {*torch_io.read(tmp_path / WEIGHTS)}
     for name in names:

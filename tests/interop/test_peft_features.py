@@ -13,18 +13,20 @@ import pytest
 import torch
 
 import lora_jax as lora
-from interop import peft, torch_io
+from interop import peft, peft_file, torch_io
 from interop.keymaps import Keymap, Rule
 from interop.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
-from peft_cases import edit_config, edit_tensors
+from peft_cases import edit_config, edit_tensors, moved
 from peft_table import (
     CASES,
     KINDS,
+    TIE,
     Case,
     base_model,
     base_outputs,
     base_params,
+    load_with_peft,
     outputs_of,
     outputs_there,
     relative,
@@ -82,9 +84,28 @@ def test_what_peft_converted_from_lora_ga_is_a_plain_adapter_too(tmp_path):
 
 def test_an_unconverted_start_needs_values_and_says_what_was_done(tmp_path):
     save_with_peft(CASES["linear, pissa"], tmp_path)
-    shapes = jax.eval_shape(lambda: base_params("mlp"))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_params("mlp")
+    )
     assert "give params, not shapes" in refusal(read, "mlp", tmp_path, shapes)
     assert "plain one of twice the rank" in notes("mlp", tmp_path)
+
+
+@pytest.mark.parametrize("init", ["Gaussian", "OLoRA", "MiCA", None])
+def test_a_start_is_spelt_as_peft_takes_it(tmp_path, init):
+    case = Case("mlp", dict(target_modules=["0"]), init)
+    theirs = outputs_there(case, save_with_peft(case, tmp_path))
+    assert json.loads((tmp_path / CONFIG).read_text())["init_lora_weights"] == init
+    assert relative(merged_outputs("mlp", *read("mlp", tmp_path)), theirs) < 1e-5
+
+
+def test_ranks_that_a_start_leaves_out_are_no_fault_of_the_file(tmp_path):
+    save_with_peft(CASES["linear, pissa, ranks above a side"], tmp_path)
+    told = peft_file.read(tmp_path).adapter.notes
+    assert not any("ranks that differ" in note for note in told)
+    edit_config(tmp_path, init_lora_weights=True)
+    told = peft_file.read(tmp_path).adapter.notes
+    assert any("ranks that differ" in note and "4 has 6" in note for note in told)
 
 
 def test_a_start_that_the_values_do_not_determine_is_refused(tmp_path):
@@ -287,6 +308,15 @@ def test_an_adapter_of_one_of_those_that_share_a_weight_is_refused(tmp_path, tar
     assert "'a' is also the weight of b" in refusal(peft.require_writable, plan, **given)
 
 
+@pytest.mark.parametrize("trained", [dict(target_modules=["wte"]), dict(modules_to_save=["wte"])])
+def test_a_table_that_peft_did_not_tie_is_refused_with_what_ties_it(tmp_path, trained):
+    config = dict(target_modules=["c_attn"]) | trained | TIE
+    save_with_peft(Case("GPT-2", config), tmp_path)
+    message = refusal(read, "GPT-2", tmp_path)
+    assert "'transformer.wte.weight' is also the weight of lm_head, which this adapter" in message
+    assert "name lm_head in place of the table, with ensure_weight_tying=True" in message
+
+
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_a_tied_head_of_another_scale_is_refused(tmp_path, key):
     """PEFT gives it the scale of its own name."""
@@ -316,6 +346,15 @@ NOTED = {
         "tied Llama", dict(target_modules=["q_proj"], trainable_token_indices=[3]),
         "its trained rows count in lm_head too, as PEFT has it in models of transformers alone",
     ),
+    "two layouts": (
+        "GPT-2", dict(target_modules=["lm_head", "c_fc"], **TIE), "PEFT warns of fan_in_fan_out",
+    ),
+    "a pattern of experts alone": (
+        "experts", dict(
+            target_modules=["router"], alpha_pattern={"experts.down_proj": 5, "router": 4},
+            target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+        ), "PEFT warns that experts.down_proj match no module",
+    ),
 }  # fmt: skip
 
 
@@ -323,7 +362,9 @@ NOTED = {
 def test_what_a_reader_should_know_is_noted(tmp_path, kind, config, text):
     save_with_peft(Case(kind, config), tmp_path)
     read(kind, tmp_path)
-    assert text in notes(kind, tmp_path)
+    found = notes(kind, tmp_path)
+    assert text in found
+    assert ("match nothing" in found) == ("match nothing" in text)
 
 
 def test_of_a_plain_adapter_there_is_nothing_to_say(tmp_path):
@@ -365,6 +406,14 @@ UNWRITABLE = {
     "experts of unequal ranks": (
         "experts", (lora.Rule("experts.down_proj", rank=(1, 2, 1)),), "along its 3 experts"
     ),
+    "OPT's positions": (
+        "OPT", ("embed_positions/embedding", "layers/mlp/up_proj/kernel"),
+        "'embed_positions/embedding' is not the weight of a linear layer or an embedding",
+    ),
+    "rows of OPT's positions": (
+        "OPT", (lora.Rule("embed_positions/.*", variant="rows", rows=(1,)), ".*/up_proj/kernel"),
+        "'embed_positions/embedding' is not an embedding table",
+    ),
     "a weight of an attention whole": (
         "attention", ("out.weight", lora.Rule("mha.in_proj_weight", variant="full")),
         "also mha.in_proj_bias, mha.out_proj.bias, mha.out_proj.weight: train these too",
@@ -376,6 +425,25 @@ UNWRITABLE = {
 def test_plans_that_peft_has_no_form_for_are_refused(kind, targets, text):
     given = {"keymap": KINDS[kind].keymap, "params": base_params(kind)}
     assert text in refusal(peft.require_writable, planned(kind, *targets), **given)
+
+
+@pytest.mark.parametrize("router", [(1, 3.0), (2, 5.0)])
+def test_experts_of_other_ranks_and_scales_load_beside_a_module_without_a_warning(tmp_path, router):
+    params, keymap = base_params("experts"), KINDS["experts"].keymap
+    targets = (
+        lora.Rule("experts.gate_up_proj", alpha=1.0, rank=3),
+        lora.Rule("experts.down_proj", alpha=5.0),
+        lora.Rule("router.weight", *router),
+    )
+    config = lora.LoraConfig(rank=2, alpha=4, targets=targets)
+    axes = {"experts.gate_up_proj": "stack out in", "experts.down_proj": "stack out in"}
+    plan = lora.plan_from_axes(params, config, {**axes, "router.weight": "out in"})
+    adapter = moved(params, plan)
+    peft.write(tmp_path / "a", adapter, plan, keymap=keymap, params=params)
+    theirs = outputs_there(Case("experts", {}), load_with_peft("experts", tmp_path / "a"))
+    assert relative(merged_outputs("experts", adapter, plan), theirs) < 1e-5
+    assert read("experts", tmp_path / "a")[1] == plan
+    assert notes("experts", tmp_path / "a") == ""
 
 
 def test_endings_that_mean_more_are_written_as_patterns(tmp_path):
@@ -409,9 +477,37 @@ def test_conv1d_is_served_and_an_attention_is_not(tmp_path):
     assert "filled up with zeros to 3" in str(
         peft.write(tmp_path / "a", adapter, plan, for_serving=True, **given)
     )
+    plan = planned("attention", "mha.in_proj_weight", "mha.out_proj.weight")
+    adapter = lora.init(jax.random.key(0), base_params("attention"), plan)
+    given = {"keymap": KINDS["attention"].keymap, "params": base_params("attention")}
+    message = refusal(peft.write, tmp_path / "c", adapter, plan, for_serving=True, **given)
+    assert "'mha.in_proj_weight' is a weight of MultiheadAttention: servers load" in message
     plan = planned("bag of words", "words.weight", lora.Rule("out.bias", variant="full"))
     adapter = lora.init(jax.random.key(0), base_params("bag of words"), plan)
     given = {"keymap": KINDS["bag of words"].keymap, "params": base_params("bag of words")}
     message = refusal(peft.write, tmp_path / "b", adapter, plan, for_serving=True, **given)
     assert "'words.weight' is embedding" in message
     assert "'out.bias' is full" in message
+
+
+def test_kernels_of_heads_are_served(tmp_path):
+    kind = "mlp with heads"
+    plan = planned(kind, "up/kernel", lora.Rule("(mid|down)/kernel", rank=3))
+    adapter = moved(base_params(kind), plan)
+    given = {"keymap": KINDS[kind].keymap, "params": base_params(kind)}
+    assert peft.write(tmp_path / "a", adapter, plan, for_serving=True, **given)
+    theirs = outputs_there(Case(kind, {}), load_with_peft(kind, tmp_path / "a"))
+    assert relative(merged_outputs(kind, adapter, plan), theirs) < 1e-5
+
+
+def test_scales_of_rslora_come_back_to_the_last_bit(tmp_path):
+    case = Case("mlp", dict(target_modules=["0"], r=5, lora_alpha=2, use_rslora=True))
+    save_with_peft(case, tmp_path / "theirs")
+    given = {"keymap": KINDS["mlp"].keymap, "params": base_params("mlp")}
+    adapter, plan = read("mlp", tmp_path / "theirs")
+    peft.write(tmp_path / "ours", adapter, plan, **given)
+    assert read("mlp", tmp_path / "ours")[1] == plan
+    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert (config["use_rslora"], config["lora_alpha"]) == (True, 2)
+    peft.write(tmp_path / "served", adapter, plan, for_serving=True, **given)
+    assert "use_rslora" not in json.loads((tmp_path / "served" / CONFIG).read_text())
