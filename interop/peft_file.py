@@ -17,6 +17,7 @@ import numpy as np
 from interop import torch_io
 from interop.adapter_file import FileAdapter, ModuleAdapter, RowAdapter, is_floating
 from interop.peft_config import REBASED_INITS, initialiser, is_finite, is_rank, read_config
+from interop.peft_copies import without_copy
 from interop.peft_file_copies import (
     base_notes,
     parameter_of,
@@ -26,7 +27,6 @@ from interop.peft_file_copies import (
 )
 from interop.peft_file_experts import WRAPPED, experts_of, file_settings, untold_scales
 from interop.peft_folders import CONFIG, PICKLED_WEIGHTS, WEIGHTS, located
-from interop.peft_layout import without_copy
 from interop.peft_matching import PeftConfig, Setting, adapted_modules
 from lora_jax.errors import InputError, listed, raise_listed
 from lora_jax.manifest import MANIFEST, checked_base, read_small_json

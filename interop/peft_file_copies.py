@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from interop.adapter_file import ModuleAdapter
-from interop.peft_layout import without_copy
+from interop.peft_copies import without_copy
 from interop.peft_matching import PeftConfig, saved_tensors
 from lora_jax.errors import listed
 

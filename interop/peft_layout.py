@@ -23,8 +23,7 @@ Source: the key names of https://github.com/huggingface/peft, release 0.21.2.
 """
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -297,46 +296,3 @@ _PLACES: dict[str, Callable[[_At], list[Place]]] = {
     "rows": _rows,
     "bias": _bias,
 }
-
-
-def base_places(names: Iterable[str], base: Base) -> dict[str, Place]:
-    """Those of ``names`` that hold one of the base's own tensors, which PEFT may store beside an
-    adapter.
-
-    Their ``field`` is the path of the leaf that they must equal.
-    """
-    found = {}
-    for name in names:
-        if not name.startswith(PREFIX):
-            continue
-        own = _OF_BASE.sub("", name.removeprefix(PREFIX))
-        own = own if own in base.tensors else base.keymap.copies.get(own, "")
-        if own in base.tensors:
-            path, index = base.tensors[own]
-            rule = next(rule for rule in base.parts[path] if tensor_name(rule, index) == own)
-            place = whole_place(rule, tuple(base.leaves[path].shape), index, name)
-            found[name] = place._replace(field=path)
-    return found
-
-
-def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that repeat a trained tensor, by its own.
-
-    PEFT has them with ``bias="all"`` and with ``save_embedding_layers``.
-
-    >>> saved_again(["head.bias", "head.modules_to_save.bias"])
-    {'head.bias': ['head.modules_to_save.bias']}
-    """
-    found: dict[str, list[str]] = {}
-    for name in filter(_SAVED.search, names):
-        found.setdefault(without_copy(name), []).append(name)
-    return found
-
-
-def without_copy(name: str) -> str:
-    """The name of the trained tensor that a name is, or is another of."""
-    return _SAVED.sub("", name)
-
-
-_OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
-_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)|(?<=\.lora_magnitude_vector)\.weight$")

@@ -11,12 +11,14 @@ import ml_dtypes
 import numpy as np
 
 from interop import torch_io
+from interop.peft_claims import Claims
 from interop.peft_config import REBASED_INITS
-from interop.peft_layout import Place, base_places, optional_copies, places, put, saved_again, taken
+from interop.peft_copies import base_places, saved_again
+from interop.peft_layout import Place, optional_copies, places, put, taken
 from interop.peft_matching import PeftConfig
 from interop.peft_modules import PREFIX, Base
 from interop.peft_rebasing import against_the_original, rebasing_problems
-from interop.peft_sites import Claims, claims_of, sites_of
+from interop.peft_sites import claims_of, sites_of
 from interop.peft_versions import swapped_parameters, undecided
 from lora_jax.adapter import entry_of
 from lora_jax.errors import InputError, listed

@@ -20,10 +20,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from interop.peft_claims import Claims
 from interop.peft_layout import is_pair, places, put, setting_of, taken, whole_place
 from interop.peft_matching import PeftConfig, Setting
 from interop.peft_modules import Base
-from interop.peft_sites import Claims
 from lora_jax.errors import InputError
 from lora_jax.site import Site
 
