@@ -45,7 +45,7 @@ _FIELDS = {
 """What stands after a module's name, and what it is; PEFT also reads names with the adapter's own
 name, ``default``, in them."""
 _DEFAULT = re.compile(r"\.default(?=(?:\.weight|\.bias)?$)")
-_END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})")
+_END = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FIELDS))})", re.DOTALL)
 _TRAINED, _ORIGINAL = "trained whole", "of the base"
 _Whole = dict[str, np.ndarray]
 _Fields = dict[str, dict[str, np.ndarray]]

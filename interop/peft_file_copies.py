@@ -23,6 +23,7 @@ from lora_jax.errors import listed
 
 _WRAPPERS = (".token_adapter.base_layer.", ".base_layer.")
 _ORIGINAL = ".original_module."
+_FACTORS = ".lora_"  # of whatever is not read as a factor
 
 
 def parameter_of(name: str) -> tuple[str, bool]:
@@ -51,7 +52,7 @@ def trained_whole(
         return {name for name in whole if name.removesuffix(".weight") not in adapted}
     biases = {name for name in whole if name.endswith(".bias")}
     of_adapted = {name for name in biases if name.removesuffix(".bias") in adapted}
-    found = saved_tensors(config, [*whole])
+    found = saved_tensors(config, [*whole]) | {name for name in whole if _FACTORS in name}
     found |= {"none": set(), "lora_only": of_adapted, "all": biases}[config.bias]
     if not config.ensure_weight_tying:
         return found

@@ -306,6 +306,10 @@ WARNINGS = {
     "a scale outside": (lambda t: {}, {"lora_alpha": 400}),
     "10 times the median": (lambda t: {f"{Q}B.weight": t[f"{Q}B.weight"] * 100}, {}),
     "whole weights": (
+        lambda t: {"base_model.model.lm_head.weight": np.ones((9, 4), "f4")},
+        {"modules_to_save": ["lm_head"]},
+    ),
+    "weights that its config doesn't train": (
         lambda t: {"base_model.model.lm_head.weight": np.ones((9, 4), "f4")}, {}
     ),
     "ranks that differ from the config's": (lambda t: {}, {"r": 8}),

@@ -170,6 +170,15 @@ def test_what_peft_stores_of_the_base_is_told_and_not_trained(tmp_path):
     assert compare(found, other).beyond(1e-6) == ["norm.weight of the base"]
 
 
+def test_factors_of_another_adapter_are_no_weights_of_the_base(tmp_path):
+    saved(tmp_path, target_modules=["fc"])
+    bare, weights = peft_file.read(tmp_path).adapter, tmp_path / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in torch_io.read(weights).items()}
+    torch_io.write(weights, {**tensors, "base_model.model.fc.lora_A.other.weight": np.ones(3)})
+    found = peft_file.read(tmp_path).adapter
+    assert compare(bare, found).beyond(1e-6) == ["fc.lora_A.other.weight"]
+
+
 def test_default_is_taken_out_of_its_own_place_alone(tmp_path):
     saved(tmp_path, target_modules=["fc"])
     weights = tmp_path / "adapter_model.safetensors"
