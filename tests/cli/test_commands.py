@@ -174,7 +174,9 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"

@@ -259,6 +259,7 @@ def test_a_tensor_of_another_arithmetic_is_refused(tmp_path):
 QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_smollm2_computes_what_torch_computes(smollm2_file):
     config = gguf.read_config(smollm2_file)
     assert config == SMOLLM2_135M
