@@ -51,8 +51,9 @@ _DTYPES: dict[str, Any] = {
     "U64": np.uint64,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_SCRATCH_BYTES = 1 << 20
-"""Stays in the processor's cache between being filled and being written."""
+_SCRATCH_BYTES = (1 << 16, 2 << 20)
+"""At least and at most: more leaves the processor's cache between being filled and being written,
+less cuts matrices into parts too narrow to be transposed in blocks."""
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -118,9 +119,12 @@ def write_to(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> No
 
 def _pieces(arrays: Tensors) -> Iterator[np.ndarray]:
     """The data in order; a piece may lie where the one before the last did."""
-    scratches = itertools.cycle([np.empty(_SCRATCH_BYTES, np.uint8) for _ in range(2)])
+    least, most = _SCRATCH_BYTES
+    largest = max((array.nbytes for array in arrays.values()), default=0)
+    size = min(max(largest // 4, least), most)  # two of them are less than a tensor
+    scratches = itertools.cycle([np.empty(size, np.uint8) for _ in range(2)])
     for array in arrays.values():
-        yield from in_pieces(array, _SCRATCH_BYTES, scratches)
+        yield from in_pieces(array, size, scratches)
 
 
 def _write_behind(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
