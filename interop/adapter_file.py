@@ -23,7 +23,8 @@ from lora_jax.errors import InputError
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 
-_FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+"""Of weights and factors; those of eight bits are no values by themselves."""
 # Names come from strangers, and may be of any number and length.
 _NAMED_AT_MOST, _LETTERS_AT_MOST = 8, 2000
 
@@ -112,7 +113,7 @@ def raise_all(subject: str, problems: Iterable[str]) -> None:
 
 def is_floating(array: np.ndarray) -> bool:
     """Whether the array can hold factors: not of integers, booleans or eight bits."""
-    return array.dtype in _FLOATS
+    return array.dtype in FLOATS
 
 
 def _problems(file: FileAdapter) -> Iterator[str]:

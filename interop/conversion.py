@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from interop.adapter_file import FLOATS
 from interop.copying import copy_into
 from interop.keymap_faults import require_sound
 from interop.keymaps import (
@@ -37,9 +37,6 @@ class TensorInfo(NamedTuple):
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SHOWN_AT_MOST = 50
-_FLOATS = frozenset(
-    np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-)
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -211,7 +208,7 @@ def _require_fit(
             if info.shape != shapes[name]
         ],
         "not floating point": [
-            f"{name} is {info.dtype}" for name, info in present.items() if info.dtype not in _FLOATS
+            f"{name} is {info.dtype}" for name, info in present.items() if info.dtype not in FLOATS
         ],
         "differing dtypes in one leaf": _mixed(found, wanted) if same_dtype else [],
         "not the copy it should be": [

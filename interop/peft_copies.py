@@ -21,7 +21,7 @@ def base_places(names: Iterable[str], base: Base) -> dict[str, Place]:
     for name in names:
         if not name.startswith(PREFIX):
             continue
-        own = _OF_BASE.sub("", name.removeprefix(PREFIX))
+        own = without_wrappers(name.removeprefix(PREFIX))
         own = own if own in base.tensors else base.keymap.copies.get(own, "")
         if own in base.tensors:
             path, index = base.tensors[own]
@@ -43,6 +43,15 @@ def saved_again(names: Iterable[str]) -> dict[str, list[str]]:
     for name in filter(_SAVED.search, names):
         found.setdefault(without_copy(name), []).append(name)
     return found
+
+
+def without_wrappers(name: str) -> str:
+    """The name of the base's tensor, which PEFT's layers stand around.
+
+    >>> without_wrappers("head.original_module.weight"), without_wrappers("q.base_layer.weight")
+    ('head.weight', 'q.weight')
+    """
+    return _OF_BASE.sub("", name)
 
 
 def without_copy(name: str) -> str:

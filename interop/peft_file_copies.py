@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from interop.adapter_file import ModuleAdapter
-from interop.peft_copies import without_copy
+from interop.peft_copies import without_copy, without_wrappers
 from interop.peft_matching import PeftConfig, saved_tensors
 from lora_jax.errors import listed
 
-_WRAPPERS = (".token_adapter.base_layer.", ".base_layer.")
 _ORIGINAL = ".original_module."
 _FACTORS = ".lora_"  # of whatever is not read as a factor
 
@@ -32,9 +31,7 @@ def parameter_of(name: str) -> tuple[str, bool]:
     >>> parameter_of("head.original_module.weight"), parameter_of("head.modules_to_save.weight")
     (('head.weight', True), ('head.weight', False))
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, ".")
-    return without_copy(name.replace(_ORIGINAL, ".")), _ORIGINAL in name
+    return without_copy(without_wrappers(name)), _ORIGINAL in name
 
 
 def trained_whole(

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from interop import torch_io
+from interop.adapter_file import FLOATS
 from interop.peft_claims import Claims
 from interop.peft_config import REBASED_INITS
 from interop.peft_copies import base_places, saved_again
@@ -23,8 +23,6 @@ from interop.peft_versions import swapped_parameters, undecided
 from lora_jax.adapter import entry_of
 from lora_jax.errors import InputError, listed
 from lora_jax.site import Site
-
-_FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 
 
 def sites_and_entries(
@@ -142,7 +140,7 @@ def _tensor_problems(
     tensors: torch_io.Tensors, expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
-    floating = {name: tensor for name, tensor in known.items() if tensor.dtype in _FLOATS}
+    floating = {name: tensor for name, tensor in known.items() if tensor.dtype in FLOATS}
     found = {
         "missing": expected.keys() - tensors.keys(),
         "unexpected": tensors.keys() - expected.keys(),
