@@ -154,8 +154,8 @@ def _read_shards(index: Path) -> Tensors:
     raise_listed(
         f"{index}: shards outside its directory", (n for n in names if not _SHARD_NAME.fullmatch(n))
     )
+    raise_listed(f"{index}: missing shards", sorted(set(names).difference(os.listdir(index.parent))))
     paths = {name: index.parent / name for name in names}
-    raise_listed(f"{index}: missing shards", (n for n, path in paths.items() if not path.exists()))
     roots = _shard_roots(index.parent)
     raise_listed(
         f"{index}: shards that are links out of its directory",
