@@ -68,6 +68,7 @@ _TODAY = {
         ".to_out_lora.": ".to_out.0.lora.",
     },
 }
+_OF_OLD = re.compile(r"_lora\.|\.processor\.|\.lora_linear_layer\.")
 # The file's own modules are the adapted ones, whatever the config selects in its model.
 _WHOLE = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
@@ -125,6 +126,8 @@ def _outside(names: Iterable[str]) -> Iterator[str]:
 
 def _today(name: str) -> str:
     name = name.removeprefix("base_model.model.")
+    if not _OF_OLD.search(name):
+        return name
     for old, new in _TODAY[name.startswith("text_encoder")].items():
         name = name.replace(old, new)
     return name

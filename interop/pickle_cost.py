@@ -14,8 +14,8 @@ from typing import IO
 
 MAX_DEPTH = 8
 """Of tuples in tuples; torch itself nests two."""
-MAX_OPCODES = 600_000
-"""Of some 15,000 tensors; looking through them takes most of a second."""
+MAX_OPCODES = 400_000
+"""Of some 10,000 tensors; looking through them takes half a second."""
 MAX_LARGE_INTEGERS = 256
 """Of at least the modulus of hashes, 2⁶¹ - 1; state dicts have none."""
 

@@ -11,6 +11,8 @@ the rest   the data, without a gap
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
+import gc
 import itertools
 import json
 from collections import Counter
@@ -138,9 +140,8 @@ def _write_behind(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
 
 
 def _view(mapped: np.ndarray, start: int, entry: Mapping[str, Any]) -> np.ndarray:
-    begin, end = entry["data_offsets"]
-    data = mapped[start + begin : start + end]
-    return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    offset = start + entry["data_offsets"][0]
+    return np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], mapped, offset)
 
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -173,7 +174,8 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 def _parsed(path: Path, text: bytes, size: int) -> dict[str, Any]:
     try:
-        entries = json.loads(text.decode("utf-8"))
+        with _garbage_left():
+            entries = json.loads(text.decode("utf-8"))
         if isinstance(entries, dict) and _may_repeat(entries, text):
             json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -184,6 +186,18 @@ def _parsed(path: Path, text: bytes, size: int) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise InputError(f"{path} ({size} bytes) has a header that is no object")
     return entries
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """No search for cycles meanwhile: JSON has none, and it takes longer than to parse it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _may_repeat(entries: Mapping[str, Any], text: bytes) -> bool:
