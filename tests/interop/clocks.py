@@ -28,7 +28,6 @@ def within(seconds, run):
     objects are not looked through.
     """
     taken = []
-    gc.collect()
     gc.freeze()
     try:
         while len(taken) < _RUNS:

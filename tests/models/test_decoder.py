@@ -137,7 +137,6 @@ def test_expected_shapes_are_those_of_transformers(llama, changes):
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, llama(config).params)
 
 
-@pytest.mark.optimised
 def test_gradients_equal_transformers(llama):
     config = dataclasses.replace(SMALL, attention=AttentionForm(bias=True), mlp=MLPForm(bias=True))
     reference = llama(config)
@@ -149,7 +148,9 @@ def test_gradients_equal_transformers(llama):
 
     torch_logits = reference.torch_model(torch.from_numpy(tokens).long()).logits
     (torch_logits.log_softmax(-1) * torch.from_numpy(weights)).sum().backward()
-    gradients = jax.jit(jax.grad(loss))(reference.params)
+    # Sums that nearly cancel are more exact in the vectors of optimised code.
+    optimised = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    gradients = jax.jit(jax.grad(loss), compiler_options=optimised)(reference.params)
     blocks = reference.torch_model.model.layers
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         ours = gradients["layers"]["self_attn"][name]
