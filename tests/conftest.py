@@ -18,9 +18,12 @@ _CODE_IN_LESS_TIME = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+# Later XLAs end the process at a flag that they don't know. The core's tests are run with one of
+# them too, and so also in the code that users get.
+_KNOWN = jax.__version_info__ < (0, 11)
 
 
 def pytest_configure(config):
     """The default run, and the programs that it starts; ``-m slow`` compiles as users do."""
-    if config.option.markexpr == "not slow":
+    if _KNOWN and config.option.markexpr == "not slow":
         os.environ.setdefault("XLA_FLAGS", " ".join(_CODE_IN_LESS_TIME))
