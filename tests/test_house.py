@@ -1,6 +1,7 @@
 """Rules of the house: imports run one way, every public name is documented, CI runs the README."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -75,6 +76,16 @@ def test_imports_run_one_way(path):
         assert not higher, f"{own} imports {higher}, which stand above it"
     assert not any(name.startswith("jax._src") for name in names)
     assert parts[:2] == ("lora_jax", "rewrite") or not any("jax.extend" in name for name in names)
+
+
+def test_interop_has_no_circle():
+    """Not in function bodies either: every module can be read after those that it stands on."""
+    modules = {path.stem: path for path in (ROOT / "interop").glob("*.py")}
+    stands_on = {
+        name: {room(each) for each in imports(path) if each.startswith("interop.")}
+        for name, path in modules.items()
+    }
+    assert {*graphlib.TopologicalSorter(stands_on).static_order()} == modules.keys()
 
 
 def test_core_layers_name_every_module():

@@ -89,7 +89,6 @@ def test_verify_agrees_with_torch(trained, capsys):
     assert "Training side by side" not in out
 
 
-@pytest.mark.slow
 def test_verify_compares_gradients_and_trains_side_by_side(trained, tmp_path, capsys):
     picture = tmp_path / "training.png"
     words = ["--gradients", "--steps", "3", "--plot", str(picture)]
@@ -139,7 +138,6 @@ def test_inspect_plan_lists_adapted_and_frozen_leaves(capsys):
     assert "frozen: embed_tokens/embedding" in out
 
 
-@pytest.mark.slow
 def test_bench_flops_is_within_two_percent_of_the_theory():
     from lora_jax.cli.bench_flops import Options
     from lora_jax.cli.flops import step_flops
@@ -174,9 +172,7 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"
@@ -202,7 +198,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_says_how_to_go_on(tmp_path,
     assert (kept / "adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
-@pytest.mark.slow
 def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--epochs", "9"]
@@ -219,7 +214,6 @@ def test_training_stops_where_the_loss_is_no_number(tmp_path, capsys):
     assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
-@pytest.mark.slow
 def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "run"
     words = ["train", "--model", "tiny", "--data", str(data), "--out", str(out), "--rank", "2"]
@@ -231,7 +225,6 @@ def test_bfloat16_run_is_answered_and_merged_in_bfloat16(tmp_path, capsys):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.slow
 def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     rows = [("Hi", "Hello"), ("Hi", "word " * 60)]
     data, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "run"
@@ -241,7 +234,6 @@ def test_rows_that_are_too_long_are_counted(tmp_path, capsys):
     assert "1 rows left out, 0 cut, 0 split at 64 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_plain_text_in_buckets_trains_without_a_question(tmp_path, capsys):
     data = tmp_path / "text.jsonl"
     texts = ["Plain text.", "A longer line of plain text that needs a longer sequence.", "Short."]
@@ -255,7 +247,6 @@ def test_plain_text_in_buckets_trains_without_a_question(tmp_path, capsys):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-@pytest.mark.slow
 def test_evaluations_are_logged_with_how_far_each_weight_moved(tmp_path):
     data = write_rows(tmp_path / "a.jsonl")
     out = tmp_path / "run"

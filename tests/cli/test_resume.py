@@ -86,7 +86,6 @@ def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path):
     assert state(out) == state(whole / "run")
 
 
-@pytest.mark.slow
 def test_stopped_by_a_signal_and_resumed_gives_the_same_bits(whole, tmp_path):
     out = tmp_path / "run"
     (tmp_path / "a.jsonl").write_bytes((whole / "a.jsonl").read_bytes())
@@ -151,7 +150,6 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found(whole, tmp_path, capsys
     assert "to resume from update" in told
 
 
-@pytest.mark.slow
 def test_two_writers_of_one_run_are_refused(tmp_path, capsys):
     out = tmp_path / "run"
     process = start([*words(tmp_path, out), "--epochs", "100000"])
@@ -174,7 +172,6 @@ def test_the_adapter_of_a_checkpoint_is_a_peft_directory(whole):
     assert len(tensors) == 2 * 2 * 7
 
 
-@pytest.mark.slow
 def test_the_best_is_chosen_among_the_checkpoints_that_there_are(tmp_path, capsys):
     """--keep-best that comes with --resume finds no checkpoint of an earlier, lower loss."""
     out = tmp_path / "run"

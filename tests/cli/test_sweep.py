@@ -108,7 +108,6 @@ def test_other_commands_read_an_adapter_of_the_sweep(swept, capsys):
     assert "with adapter: " in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_where_no_loss_is_a_number_the_status_says_so(tmp_path, capsys):
     data, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "out"
     words = ["sweep", "--model", "tiny", "--data", str(data), "--out", str(out), *SETTINGS]

@@ -75,7 +75,6 @@ def test_donated_bytes_are_three_times_the_adapter():
     assert donated == 3 * 4 * plan.trainable + optimizer_count
 
 
-@pytest.mark.slow
 def test_merge_mode_gives_the_same_loss_and_gradients():
     decoder = Decoder(TINY)
     params = init_params(jax.random.key(0), TINY)

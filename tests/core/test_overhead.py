@@ -56,10 +56,10 @@ def calls(lower):
 
 PROGRAMS = [
     pytest.param(unrolled_sides, 3, jnp.float32, id="unrolled"),
-    pytest.param(unrolled_sides, 2, jnp.bfloat16, id="unrolled-bfloat16", marks=pytest.mark.slow),
+    pytest.param(unrolled_sides, 2, jnp.bfloat16, id="unrolled-bfloat16"),
     pytest.param(unrolled_sides, 32, jnp.float32, id="unrolled-32", marks=pytest.mark.slow),
     pytest.param(scanned_sides, 32, jnp.float32, id="scanned"),
-    pytest.param(scanned_sides, 32, jnp.bfloat16, id="scanned-bfloat16", marks=pytest.mark.slow),
+    pytest.param(scanned_sides, 32, jnp.bfloat16, id="scanned-bfloat16"),
 ]
 
 

@@ -132,7 +132,6 @@ def test_packed_docstrings_are_at_least_95_percent_tokens_in_half_the_positions(
     assert packed.trained_tokens == buckets.trained_tokens == padded.trained_tokens
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_packed_identity_rows_are_full_for_the_real_tokenizer_too(batch_size):
     base = pretrained.load("smollm2-135m")

@@ -101,7 +101,7 @@ def test_without_segments_the_losses_of_packed_rows_differ():
     assert max(abs(alone[key] - together[key]) for key in alone) > 1e-2
 
 
-@pytest.mark.parametrize("packing", ["packed", pytest.param("buckets", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packing", ["packed", "buckets"])
 def test_an_epoch_has_the_gradient_of_the_padded_one(packing):
     padded = gradient_of_all(eval_batches(*arranged("padded")))
     ours = gradient_of_all(train_batches(*arranged(packing), seed=1))

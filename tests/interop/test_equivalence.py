@@ -250,7 +250,6 @@ def test_a_flip_is_shown_with_both_tokens_and_the_margin(report, ours, words):
     assert with_flip.agrees is flipped.agrees is (words == "a tie within rounding")
 
 
-@pytest.mark.slow
 def test_a_family_with_other_names_is_verified(tmp_path):
     """OPT's blocks, weights and positions stand elsewhere than Llama's."""
     case = built("opt")

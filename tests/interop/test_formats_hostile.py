@@ -179,12 +179,7 @@ def test_payloads_in_pickles_are_not_run(suffix, protocol, tmp_path):
     assert not target.exists()
 
 
-LONGEST = ("diffusers", "loralib")  # to refuse; the others wait for -m slow
-
-
-@pytest.mark.parametrize(
-    "format", [f if f in LONGEST else pytest.param(f, marks=pytest.mark.slow) for f in SAMPLES]
-)
+@pytest.mark.parametrize("format", SAMPLES)
 def test_a_hundred_thousand_entries_are_refused_at_once(format, tmp_path):
     whole = contents(format, tmp_path)
     end = sorted(whole.tensors)[0][len(sorted(SAMPLES[format][1])[0]) :]

@@ -95,7 +95,7 @@ def in_peft(name, given, params, **settings):
         ("mlp", "torch_lora"),
         ("mlp", "peft"),
         ("transformer", "torch_lora"),
-        pytest.param("transformer", "peft", marks=pytest.mark.slow),
+        ("transformer", "peft"),
     ],
 )
 def test_one_function_passes_with_layers_output_and_gradients(name, framework):

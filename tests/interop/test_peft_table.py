@@ -136,6 +136,5 @@ def test_beside_the_weights_it_is_the_same(imports, name):
     assert_beside_the_weights(imports(name))
 
 
-@pytest.mark.slow
 def test_beside_the_weights_every_case_is_the_same(imported):
     assert_beside_the_weights(imported)

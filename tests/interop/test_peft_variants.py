@@ -44,9 +44,6 @@ LINEAR = r".*_proj/kernel"
 TOKENS_TRAINED = (5, 90, 3)
 
 
-pytestmark = pytest.mark.slow  # test_peft_table.py has the same entries, on more models
-
-
 def full(path):
     return Rule(path, variant="full")
 

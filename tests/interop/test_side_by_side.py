@@ -61,7 +61,7 @@ def ours(arguments, batches=BATCHES, recipe=RECIPE):
     return jax_run(*arguments, batches, recipe, keymap=KEYMAP)
 
 
-@pytest.mark.parametrize("name", ["mlp", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
 def test_three_runs_are_one(name):
     arguments, start, module = problem(name)
     plan = arguments[-1]
@@ -170,7 +170,6 @@ def test_twenty_updates_of_the_decoder_on_real_rows_are_torchs(tmp_path):
     assert [line.split()[0] for line in text.splitlines() if line[:3].strip().isdigit()][-1] == "20"
 
 
-@pytest.mark.slow
 def test_a_hundred_updates_of_the_decoder_on_real_rows_are_torchs():
     script = example()
     found = script.compare_training(steps=100)

@@ -45,8 +45,6 @@ from lora_jax.train.optim import adamw
 from lora_jax.train.schedules import schedule
 from lora_jax.train.step import init_state, make_step
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

@@ -20,8 +20,6 @@ from lora_jax.train.placement import on_mesh, on_one_device, on_replicas
 
 from tiny_task import batches, require_equal, tiny_task, trained
 
-pytestmark = pytest.mark.slow
-
 PLACES = {
     "data 4, fsdp 2": lambda task: mesh_of(task, data=4, fsdp=2),
     "fsdp across processes": lambda task: mesh_of(task, tensor=2, fsdp=4),

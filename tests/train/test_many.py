@@ -103,7 +103,6 @@ def cosine(peak):
     return adamw(lambda count: peak * share(count), clip_norm=0.5)
 
 
-@pytest.mark.slow
 def test_eight_adapters_trained_at_once_equal_eight_runs(decoding):
     loss_of, params, members, batches = (
         decoding.loss_of, decoding.params, decoding.members, decoding.batches
@@ -188,7 +187,6 @@ def optimizer(learning_rate):
     return adamw(learning_rate, clip_norm=0.3, weight_decay=0.1, b_ratio=2.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [mixed_members, stacked_members, bias_members])
 def test_every_variant_scale_and_rank_along_a_stack(make):
     members = make()
@@ -259,7 +257,6 @@ def test_the_loss_of_many_is_that_of_each():
     assert np.ptp(together) > 1e-2
 
 
-@pytest.mark.slow
 def test_each_member_has_its_own_dropout():
     members = [
         small_member(lora.LoraConfig(rank=2, targets="layers", dropout=0.5), seed)

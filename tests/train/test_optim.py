@@ -173,11 +173,9 @@ def test_fifty_updates_equal_torchs(name, clip, micro_batches):
     [
         ({"weight_decay": 0.0}, 1e-3),
         ({"clip_norm": math.inf}, 1e-4),
-        pytest.param({"b1": 0.8}, 1e-3, marks=pytest.mark.slow),
-        pytest.param({"b2": 0.99}, 1e-4, marks=pytest.mark.slow),
-        pytest.param(
-            {"learning_rate": schedule("hf_cosine", PEAK, STEPS, 5)}, 5e-4, marks=pytest.mark.slow
-        ),
+        ({"b1": 0.8}, 1e-3),
+        ({"b2": 0.99}, 1e-4),
+        ({"learning_rate": schedule("hf_cosine", PEAK, STEPS, 5)}, 5e-4),
     ],
     ids=["decay", "clip", "b1", "b2", "schedule"],
 )

@@ -72,7 +72,6 @@ def test_the_task_is_uneven(task):
     assert (tokens == 0).any(), "the last update of an epoch has empty micro-batches"
 
 
-@pytest.mark.slow
 def test_one_pass_equals_accumulation(task, run):
     step = jax.jit(make_step(task.loss_fn, optimizer()), donate_argnums=0)
     state, losses = init_state(jax.tree.map(jnp.array, task.adapter), optimizer()), []
@@ -83,10 +82,7 @@ def test_one_pass_equals_accumulation(task, run):
     require_equal(expected._replace(losses=np.array(losses), adapter=state.adapter), expected)
 
 
-SLOW = {"8x1": pytest.mark.slow, "4x2": pytest.mark.slow}
-
-
-@pytest.mark.parametrize("place", [pytest.param(p, marks=SLOW.get(p, ())) for p in [*PLACES][1:]])
+@pytest.mark.parametrize("place", [*PLACES][1:])
 def test_places_compute_the_same(run, place):
     require_equal(run(place), run("one device"))
 
@@ -113,12 +109,10 @@ def test_the_state_stays_where_it_was_put(task, run):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
-@pytest.mark.slow
 def test_positions_that_are_predicted_stay_on_their_device(run):
     assert collectives(run("8x1").program) == {"all-reduce"}
 
 
-@pytest.mark.slow
 def test_fsdp_gathers_weights_and_moves_no_activations(run):
     assert collectives(run("4x2").program) == {"all-gather", "all-reduce"}
 
