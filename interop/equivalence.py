@@ -9,11 +9,9 @@ This is for our decoder; `interop.module_comparison` compares any torch module w
 """
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -22,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-import lora_jax as lora
 from interop import hf, peft
 from interop.decoder_training import Start, Training, compare_gradients, train_beside
 from interop.differences import Difference, difference
@@ -36,18 +33,16 @@ from interop.equivalence_report import (
 )
 from interop.families import keymap_of
 from interop.keymaps import Keymap, blocks_of
+from interop.language_sides import Rows, Side, adapted_side, forward_of, our_side, torch_side
 from interop.side_by_side import TrainingComparison
 from lora_jax.adapter import Adapter
 from lora_jax.errors import InputError
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.generate import LanguageModel, generate, language_model
+from lora_jax.models.generate import language_model
 from lora_jax.site import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Rows = Sequence[Sequence[int]]
 
 
 class Model(Protocol):
@@ -110,8 +105,8 @@ def verify(
         )
     stored = peft.read(directory, params, keymap=keymap)
     adapter, plan = trained or stored
-    base = _our_side(language_model(config), _forward(config), params)
-    adapted = _adapted_side(config, plan, (params, adapter))
+    base = our_side(language_model(config), forward_of(config), params)
+    adapted = adapted_side(config, plan, (params, adapter))
     with jax.default_matmul_precision("highest"):
         progress("the adapted model answers in JAX")
         answers = adapted.answers(prompts, max_new_tokens)
@@ -119,12 +114,12 @@ def verify(
         progress("building the base in transformers")
         torch_model = _torch_base(config, params, base_directory)
         blocks = torch_model.get_submodule(blocks_of(keymap_of(hf.counterpart(config))))
-        torch_base = _torch_side(torch_model, blocks)
+        torch_base = torch_side(torch_model, blocks)
         base_answers = base.answers(prompts, max_new_tokens)
         base_comparison, base_logits = _compare("base", base, torch_base, base_answers, task)
         progress("loading the adapter with peft")
         peft_model, warned = _load_with_peft(torch_model, directory)
-        torch_adapted = _torch_side(peft_model, blocks)
+        torch_adapted = torch_side(peft_model, blocks)
         comparison, logits = _compare("adapted model", adapted, torch_adapted, answers, task)
         start = Start(config, params, adapter, plan, keymap)
         found = _of_training(start, peft_model, task, gradients, training)
@@ -169,87 +164,6 @@ class _Task(NamedTuple):
         return [[*p, *c] for p, c in zip(self.prompts, self.continuations, strict=True)]
 
 
-class _Trace(NamedTuple):
-    hidden: np.ndarray  # float32 (layers, positions, hidden)
-    logits: np.ndarray  # float32 (positions, vocab)
-
-
-class _Side(NamedTuple):
-    """A model in one framework: what it answers, and what it computes on given rows."""
-
-    answers: Callable[[Rows, int], list[list[int]]]
-    trace: Callable[[Rows], _Trace]
-
-
-def _adapted_side(config: DecoderConfig, plan: Plan, both: tuple[Any, Adapter]) -> _Side:
-    def on_both(model_fn: Callable[..., Any]) -> Callable[..., Any]:
-        adapted = lora.adapt(model_fn, plan)
-        return lambda both, *rest: adapted(*both, *rest)
-
-    language = language_model(config)
-    language = language._replace(apply=on_both(language.apply))
-    return _our_side(language, jax.jit(on_both(_forward(config))), both)
-
-
-def _our_side(language: LanguageModel, forward: Callable[..., Any], parameters: Any) -> _Side:
-    def answers(prompts: Rows, count: int) -> list[list[int]]:
-        return generate(language, parameters, prompts, max_new_tokens=count)
-
-    longest = language.max_positions
-    return _Side(answers, lambda rows: _trimmed(rows, partial(forward, parameters), longest))
-
-
-@functools.cache
-def _forward(config: DecoderConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Hidden states of every layer and logits; the same function for equal configs."""
-
-    @jax.jit
-    def forward(params: Any, tokens: Any) -> tuple[Any, Any]:
-        variables = {"params": params}
-        (logits, _), seen = Decoder(config).apply(variables, tokens, mutable=["intermediates"])
-        return seen["intermediates"]["layers"]["hidden"], logits
-
-    return forward
-
-
-def _torch_side(model: Any, blocks: Any) -> _Side:
-    """A transformers model, or a PEFT model around it, with the list of its ``blocks``."""
-    import torch
-
-    def forward(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        hidden = []
-        hooks = [
-            layer.register_forward_hook(lambda _, __, output: hidden.append(output))
-            for layer in blocks
-        ]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor(tokens, dtype=torch.long), use_cache=False).logits
-        for hook in hooks:
-            hook.remove()
-        return torch.stack(hidden).numpy(), logits.numpy()
-
-    longest = model.config.max_position_embeddings
-    return _Side(partial(_torch_answers, model), lambda rows: _trimmed(rows, forward, longest))
-
-
-def _torch_answers(model: Any, prompts: Rows, count: int) -> list[list[int]]:
-    """One batch, padded on the left as ``generate`` wants it."""
-    import torch
-    from transformers import GenerationConfig
-
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    rows = zip(padding, prompts, strict=True)
-    output = model.generate(
-        input_ids=torch.tensor([[0] * pad + [*prompt] for pad, prompt in rows]),
-        attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
-        ),
-    )
-    return output[:, width:].tolist()
-
-
 def _load_with_peft(torch_model: Any, directory: str | os.PathLike) -> tuple[Any, tuple[str, ...]]:
     """The model with its adapter, and whatever PEFT complained about."""
     from peft import PeftModel
@@ -262,25 +176,8 @@ def _load_with_peft(torch_model: Any, directory: str | os.PathLike) -> tuple[Any
     return model, tuple(str(warning.message) for warning in ours)
 
 
-def _trimmed(rows: Rows, forward: Callable[[np.ndarray], tuple[Any, Any]], longest: int) -> _Trace:
-    """Run rows of unequal length as one batch, and drop what the padding gave.
-
-    The padding stands on the right, where no token of a causal model sees it.
-    """
-    width = min(-(-max(map(len, rows)) // _WIDTH_STEP) * _WIDTH_STEP, longest)
-    tokens = np.zeros((len(rows), width), np.int32)
-    real = np.zeros(tokens.shape, bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)], real[index, : len(row)] = row, True
-    hidden, logits = map(np.asarray, forward(tokens))
-    return _Trace(hidden[:, real], logits[real])
-
-
-_WIDTH_STEP = 64  # so that few widths are compiled
-
-
 def _compare(
-    name: str, ours: _Side, theirs: _Side, our_answers: Rows, task: _Task
+    name: str, ours: Side, theirs: Side, our_answers: Rows, task: _Task
 ) -> tuple[Comparison, np.ndarray]:
     """The comparison, and torch's logits."""
     task.progress(f"{name}: comparing hidden states and logits")
@@ -305,8 +202,8 @@ def _max_abs(values: np.ndarray) -> float:
 
 
 def _greedy_answer(
-    our_side: _Side,
-    their_side: _Side,
+    our_side: Side,
+    their_side: Side,
     decode: Callable[..., str],
     prompt: Sequence[int],
     ours: Sequence[int],

@@ -9,8 +9,9 @@ from typing import Any
 
 from interop.adapter_folding import alpha
 from interop.peft_layout import adapted_settings, is_pair, settings_of, tensor_names
-from interop.peft_matching import PeftConfig, Setting, is_named, saved_tensors
+from interop.peft_matching import PeftConfig, Setting, saved_tensors
 from interop.peft_modules import PARAMETERS, Base, saved_module
+from interop.peft_patterns import is_named
 from interop.peft_versions import WRITTEN_AS
 from lora_jax.site import Plan, Site
 

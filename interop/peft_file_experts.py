@@ -13,14 +13,8 @@ from itertools import permutations
 
 import numpy as np
 
-from interop.peft_matching import (
-    PeftConfig,
-    Setting,
-    adapted_modules,
-    endings,
-    is_named,
-    settings_by_patterns,
-)
+from interop.peft_matching import PeftConfig, Setting, adapted_modules, settings_by_patterns
+from interop.peft_patterns import endings, is_named
 
 WRAPPED = ".base_layer"
 _NESTED_AT_MOST = 4

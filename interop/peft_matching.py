@@ -1,13 +1,10 @@
 """Which modules PEFT adapts, at which rank and scale, and which it trains whole."""
 
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.errors import InputError
+from interop.peft_patterns import Pattern, is_named, matched
 
 
 class PeftConfig(NamedTuple):
@@ -40,13 +37,6 @@ class Setting(NamedTuple):
     scale: float
 
 
-class Pattern(NamedTuple):
-    """A regular expression of the config, matched with whole names or with their beginnings."""
-
-    text: str
-    whole: bool = False
-
-
 def adapted_modules(
     config: PeftConfig, modules: Sequence[str], parameters: Sequence[str] = ()
 ) -> dict[str, Setting]:
@@ -63,7 +53,7 @@ def adapted_modules(
     >>> adapted_modules(config, ["layers.0.k_proj", "layers.0.v_proj", "layers.0.o_proj"])
     {'layers.0.k_proj': Setting(rank=8, scale=0.5), 'layers.0.v_proj': Setting(rank=8, scale=2.0)}
     """
-    matches = _matched(patterns_of(config), [*modules, *parameters])
+    matches = matched(patterns_of(config), [*modules, *parameters])
     targets, excluded, bare = map(
         _ends, (config.target_modules, config.exclude_modules, config.target_parameters)
     )
@@ -118,7 +108,7 @@ def ambiguous_patterns(
     >>> ambiguous_patterns(config, ["layers.0.k_proj", "layers.1.k_proj"])
     [('rank_pattern', 'layers.0.k_proj', [4, 2])]
     """
-    matches = _matched(patterns_of(config), names)
+    matches = matched(patterns_of(config), names)
     keys = {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
     found = [
         (key, name, [v for pattern, v in patterns.items() if name in matches[_after_dot(pattern)]])
@@ -151,7 +141,7 @@ def patterns_of_no_module(
     >>> patterns_of_no_module(config, ["layers.0.k_proj"], ["experts.up", "experts.down"])
     ['down']
     """
-    matches = _matched(patterns_of(config), [*modules, *parameters])
+    matches = matched(patterns_of(config), [*modules, *parameters])
     keys = dict.fromkeys((*(config.rank_pattern or ()), *(config.alpha_pattern or ())))
     found = {key: matches[_after_dot(key)] for key in keys}
     of_parameters = [key for key, names in found.items() if not {*parameters}.isdisjoint(names)]
@@ -196,25 +186,6 @@ def _named(
     return is_named(module, names)
 
 
-def is_named(module: str, names: Collection[str]) -> bool:
-    """Whether the module's name, or its end after a dot, is one of ``names``.
-
-    >>> is_named("layers.0.k_proj", {"k_proj"}), is_named("layers.0.k_proj", {"proj"})
-    (True, False)
-    """
-    return any(ending in names for ending in endings(module))
-
-
-def endings(module: str) -> list[str]:
-    """The module's name, and its ends after each dot.
-
-    >>> endings("layers.0.k_proj")
-    ['layers.0.k_proj', '0.k_proj', 'k_proj']
-    """
-    parts = module.split(".")
-    return [".".join(parts[first:]) for first in range(len(parts))]
-
-
 def _in_layers(config: PeftConfig, module: str, matches: Mapping[Pattern, Any]) -> bool:
     if not (layers := _layers(config)):
         return True
@@ -256,59 +227,4 @@ def _at_or_below(module: str) -> Pattern:
     return Pattern(rf"(^|.*\.){module}($|\..*)")
 
 
-_MATCH_ALL = """
-import json, re, signal, sys
-patterns, names, seconds = json.load(sys.stdin)
-signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-def indices(pattern, whole):
-    try:
-        compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error)
-    match = compiled.fullmatch if whole else compiled.match
-    return {n: m.groupdict().get("idx") for n in names if (m := match(n))}
-json.dump([indices(*pattern) for pattern in patterns], sys.stdout)
-"""
-_MATCHING_SECONDS = 0.5
-
-
-def _matched(
-    patterns: Sequence[Pattern], names: Sequence[str]
-) -> dict[Pattern, dict[str, str | None]]:
-    """The names that each pattern matches, with what its group ``idx`` found there.
-
-    Patterns come from files of strangers, and some take exponential time, which Python can't
-    interrupt from within: so they run in a process of their own, which the system ends when it
-    has computed for too long.
-    """
-    if not patterns:
-        return {}
-    command = [sys.executable, "-I", "-S", "-c", _MATCH_ALL]
-    question = json.dumps([patterns, names, _MATCHING_SECONDS])
-    try:
-        done = subprocess.run(
-            command,
-            input=question,
-            capture_output=True,
-            text=True,
-            timeout=20 * _MATCHING_SECONDS,
-            check=True,
-        )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise InputError(
-            f"{len(patterns)} patterns take over {_MATCHING_SECONDS} s to match: "
-            f"{', '.join(repr(pattern.text[:80]) for pattern in patterns[:_NAMED_AT_MOST])}; "
-            "list the module names"
-        ) from error
-    found = dict(zip(patterns, json.loads(done.stdout), strict=True))
-    if wrong := [
-        f"{pattern.text[:80]!r} is not a regular expression: {answer}"
-        for pattern, answer in found.items()
-        if isinstance(answer, str)
-    ]:
-        raise InputError("; ".join(wrong[:_NAMED_AT_MOST]))
-    return found
-
-
-_NAMED_AT_MOST = 5
 _LETTERS_AT_MOST = 200

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from interop.peft_claims import Claims
 from interop.peft_config import REBASED_INITS
-from interop.peft_matching import PeftConfig, ambiguous_patterns, endings, patterns_of_no_module
+from interop.peft_matching import PeftConfig, ambiguous_patterns, patterns_of_no_module
 from interop.peft_modules import Base
+from interop.peft_patterns import endings
 from interop.peft_versions import swapped_parameters
 from lora_jax.errors import listed
 

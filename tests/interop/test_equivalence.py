@@ -14,10 +14,11 @@ from rich.console import Console
 import lora_jax as lora
 from interop import hf, peft, pretrained, torch_io
 from interop.decoder_training import Training, row_batches
-from interop.equivalence import Criteria, _greedy_answer, _Side, _Trace, verify
+from interop.equivalence import Criteria, _greedy_answer, verify
 from interop.families import keymap_of
 from interop.hf_config import from_attributes
 from interop.keymaps import LLAMA
+from interop.language_sides import Side, Trace
 from interop.tokenizer import byte_tokenizer
 from interop.torch_training import Recipe
 from lora_jax.cli.verify_report import render
@@ -210,8 +211,8 @@ def test_ids_outside_the_vocabulary_are_named(model, directory):
 
 def side(logits):
     """A model whose logits after any tokens are these."""
-    trace = _Trace(np.zeros((1, 1, 1)), np.array([logits], np.float32))
-    return _Side(lambda prompts, count: [], lambda rows: trace)
+    trace = Trace(np.zeros((1, 1, 1)), np.array([logits], np.float32))
+    return Side(lambda prompts, count: [], lambda rows: trace)
 
 
 def spelled(tokens, **_):

@@ -188,7 +188,7 @@ def test_what_is_no_pattern_is_named(directory, params, key, pattern):
 
 
 def test_a_pattern_can_not_hang_the_reader(directory, params, monkeypatch):
-    monkeypatch.setattr("interop.peft_matching._MATCHING_SECONDS", 0.5)
+    monkeypatch.setattr("interop.peft_patterns._MATCHING_SECONDS", 0.5)
     for key, pattern in zip(KEYS, BOMBS, strict=True):
         edit_config(directory, target_modules=PROJECTIONS, exclude_modules=None)
         edit_config(directory, **{key: {pattern: 4} if key == "rank_pattern" else pattern})
