@@ -16,7 +16,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of all its tensors."""
     rounds: int = 3
-    """Of all measurements in turns, each twice in a row; the best of each counts."""
+    """Of all measurements in turns; the best of each counts."""
     directory: Path | None = None
     """Where the file is written, on the disk that is to be measured; by default a temporary one."""
 
