@@ -90,7 +90,7 @@ def test_a_gigabyte_is_converted_at_a_third_of_memcpys_speed(dtype):
     from lora_jax.cli.bench_convert import Options
     from lora_jax.cli.convert_times import conversions
 
-    report = conversions(Options(dtype=dtype, rounds=2))
+    report = conversions(Options(dtype=dtype))
     memcpy, _, *converted = report.rows[:6]
     assert report.gigabytes > 1
     assert [row.name for row in converted] == [
