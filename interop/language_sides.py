@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 import lora_jax as lora
+from interop.decoder_sides import decoder_function
 from lora_jax.adapter import Adapter
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
 from lora_jax.models.generate import LanguageModel, generate, language_model
 from lora_jax.site import Plan
 
@@ -59,11 +59,12 @@ def our_side(language: LanguageModel, forward: Callable[..., Any], parameters: A
 def forward_of(config: DecoderConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Hidden states of every layer and logits; the same function for equal configs."""
 
+    logits_and_layers = decoder_function(config, layers="hidden")
+
     @jax.jit
     def forward(params: Any, tokens: Any) -> tuple[Any, Any]:
-        variables = {"params": params}
-        (logits, _), seen = Decoder(config).apply(variables, tokens, mutable=["intermediates"])
-        return seen["intermediates"]["layers"]["hidden"], logits
+        logits, layers = logits_and_layers(params, tokens)
+        return layers["hidden"], logits
 
     return forward
 

@@ -68,7 +68,7 @@ _TODAY = {
         ".to_out_lora.": ".to_out.0.lora.",
     },
 }
-_OF_OLD = re.compile(r"_lora\.|\.processor\.|\.lora_linear_layer\.")
+_OF_OLD = re.compile("|".join(map(re.escape, {**_TODAY[True], **_TODAY[False]})))
 # The file's own modules are the adapted ones, whatever the config selects in its model.
 _WHOLE = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")

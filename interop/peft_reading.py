@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop import torch_io
-from interop.adapter_file import FLOATS
+from interop.adapter_file import is_floating
 from interop.peft_claims import Claims
 from interop.peft_config import REBASED_INITS
 from interop.peft_copies import base_places, saved_again
@@ -140,7 +140,7 @@ def _tensor_problems(
     tensors: torch_io.Tensors, expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
-    floating = {name: tensor for name, tensor in known.items() if tensor.dtype in FLOATS}
+    floating = {name: tensor for name, tensor in known.items() if is_floating(tensor)}
     found = {
         "missing": expected.keys() - tensors.keys(),
         "unexpected": tensors.keys() - expected.keys(),

@@ -154,9 +154,8 @@ def _read_shards(index: Path) -> Tensors:
     raise_listed(
         f"{index}: shards outside its directory", (n for n in names if not _SHARD_NAME.fullmatch(n))
     )
-    raise_listed(
-        f"{index}: missing shards", sorted(set(names).difference(os.listdir(index.parent)))
-    )
+    present = set(os.listdir(index.parent))
+    raise_listed(f"{index}: missing shards", (n for n in names if n not in present))
     paths = {name: index.parent / name for name in names}
     roots = _shard_roots(index.parent)
     raise_listed(

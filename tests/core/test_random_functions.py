@@ -326,7 +326,7 @@ def close(got, want, tolerance):
 @hypothesis.settings(
     derandomize=True,
     deadline=None,
-    max_examples=20,
+    max_examples=25,
     phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
     suppress_health_check=list(hypothesis.HealthCheck),
 )
